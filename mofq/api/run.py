@@ -270,7 +270,7 @@ def _run(run: CheckedRun, files: RunFiles) -> RunResult:
         candidates = keep_former(files, {SEARCHED: searched, **uniform})
     if asked.effort != "quick" and not former_recipes(files):
         with timed("tune"):
-            candidates[SEARCHED] = tune_where_it_helps(run, candidates[SEARCHED], subject)
+            candidates[SEARCHED] = tune_where_it_helps(run, files, candidates[SEARCHED], subject)
     with timed("validate"):
         validations = validate_candidates(asked, files, candidates, subject)
     if request.budgets.max_kl is not None:

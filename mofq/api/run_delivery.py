@@ -140,11 +140,14 @@ def uniform_rivals(
     }
 
 
-def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Recipe:
+def tune_where_it_helps(
+    run: CheckedRun, files: RunFiles, recipe: Recipe, subject: Subject
+) -> Recipe:
     """A recipe that was tuned, where that helps on what it was not tuned on.
 
     Args:
         run: That found the recipe.
+        files: Of the run.
         recipe: Not tuned.
         subject: The model that it is applied to.
 
@@ -172,7 +175,10 @@ def tune_where_it_helps(run: CheckedRun, recipe: Recipe, subject: Subject) -> Re
             plan=run.plan,
             steps=_STEPS[run.options.effort],
             device=run.options.running.device,
+            is_streamed=_is_streamed(run),
+            work=files.folder / ".tuning",
             progress=run.options.progress,
+            tell=tell,
         )
     except (MemoryError, OutOfMemoryError):
         tell(Remark("The recipe is not tuned: memory ran out."))
@@ -202,16 +208,20 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
         return f"a file for {asked.other_tool} is of the model as it is"
     if asked.execution == "spread":
         return f"{option('execution', 'spread')} spreads the model"
-    execution = chosen_execution(
-        asked.execution,
-        run.checkpoint,
-        run.layers,
-        run.plan,
-        device=asked.running.device,
-    )
-    if execution.is_streamed or asked.no_stats:
-        return "the model is run layer by layer"
+    if asked.effort != "best" and (asked.no_stats or _is_streamed(run)):
+        return (
+            f"the model is run layer by layer, and {_STEPS[asked.effort]} steps would read and "
+            f"quantize all of it {2 * _STEPS[asked.effort]} times. {option('effort', 'best')} "
+            f"tunes it nevertheless, and so does `mofq tune` with the recipe that is written"
+        )
     return None
+
+
+def _is_streamed(run: CheckedRun) -> bool:
+    """Whether gradients flow through the model layer by layer."""
+    asked, device = run.options, run.options.running.device
+    found = chosen_execution(asked.execution, run.checkpoint, run.layers, run.plan, device=device)
+    return found.is_streamed
 
 
 def validate_candidates(

@@ -13,6 +13,7 @@ from mofq.api.options import (
     AnyRecipe,
     Corpora,
     Excerpts,
+    Execution,
     Model,
     Option,
     RecipeOutput,
@@ -24,7 +25,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_output
-from mofq.exceptions import Remark, StreamingError, option
+from mofq.exceptions import Remark
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def tune(
     steps: Steps = STEPS,
     excerpts: Excerpts = Excerpts(),
     running: Running = Running(),
+    execution: Execution = "auto",
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> TuneResult:
@@ -97,15 +99,16 @@ def tune(
         The recipe, and what was measured.
 
     Raises:
-        MofqError: An input is not valid, or the whole model does not fit into memory.
+        MofqError: An input is not valid; the message says which and what to do.
     """
     start = monotonic()
     check_gradient_dtype(running.dtype)
     tell = tell or silent
     texts = load_corpora(corpora, tell)
-    if output is not None:
+    path = None if output is None else Path(output)
+    if path is not None:
         check_output(
-            Path(output),
+            path,
             files=[text_file(text.source) for text in texts],
             folders=[model, stats],
         )
@@ -126,13 +129,9 @@ def tune(
         plan, windows = plan_calibration(
             checkpoint, layers, texts, samples=samples, dtype=running.dtype, kv_cache=False
         )
-        chosen = chosen_execution("auto", checkpoint, layers, plan, device=running.device)
-        if chosen.is_streamed:
-            raise StreamingError(
-                f"{model}: is tuned as a whole in memory, forward and backward, and "
-                f"too little is free on {running.device}. Take {option('dtype', 'bfloat16')}, or a "
-                f"device with more memory."
-            )
+        chosen = chosen_execution(execution, checkpoint, layers, plan, device=running.device)
+        if chosen.remark is not None:
+            tell(chosen.remark)
         found = tune_recipe(
             checkpoint,
             untuned,
@@ -142,12 +141,15 @@ def tune(
             steps=steps,
             codes=what == "all",
             device=running.device,
+            is_streamed=chosen.is_streamed,
+            # Where a tuning that was stopped is continued: beside what it will write.
+            work=path and path.with_name(f".{path.name}.streamed"),
             progress=progress,
+            tell=tell,
         )
     if found.note:
         tell(Remark(found.note))
     written = found.recipe if found.helps else untuned
-    path = None if output is None else Path(output)
     if path is not None:
         save_recipe(written, path, tell)
     return TuneResult(str(model), written, found.tuning, path, monotonic() - start)

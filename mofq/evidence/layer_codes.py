@@ -181,7 +181,7 @@ def _fit(fits: Fits, codes: LayerCodes, device: torch.device) -> QuantizedWeight
             name=layer.name,
             **fit,
         )
-        return _narrow(found)
+        return narrow(found)
 
     rows = _ROWS if device.type == "cpu" else _GPU_ROWS
     blocks = row_blocks(
@@ -204,7 +204,7 @@ def _fit(fits: Fits, codes: LayerCodes, device: torch.device) -> QuantizedWeight
     )
 
 
-def _narrow(found: QuantizedWeight) -> QuantizedWeight:
+def narrow(found: QuantizedWeight) -> QuantizedWeight:
     """The same on the CPU, codes in one byte where it holds them."""
     codes_OI = found.codes_OI.cpu()
     if codes_OI.is_floating_point():

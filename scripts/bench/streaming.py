@@ -4,10 +4,11 @@
     python -m scripts.bench.streaming --model ~/.cache/mofq/SmolLM2-135M --sequences 8 --tokens 8192
 
 For the bundled model, a mixture of random weights and every model that is named, each in a
-process of its own: `calibrate` whole and layer by layer, and `validate` of five candidates (four
+process of its own: `calibrate` whole and layer by layer; `validate` of five candidates (four
 uniform recipes and a mixture of their schemes), one after the other whole, in one run whole, and
-in one run layer by layer. Printed are whether all files of the statistics have the same bytes and
-all validations the same numbers, the processor time (imports left out) and its ratio, and the
+in one run layer by layer; and `tune` of the first of them in a few steps. Printed are whether all
+files of the statistics have the same bytes, all validations the same numbers and what was tuned
+the same hash, the processor time (imports left out) and its ratio, and the
 peak of anonymous memory (`RssAnon` of /proc, looked at every few milliseconds; pages of files,
 which the system may drop, do not count).
 """
@@ -38,6 +39,8 @@ SCHEMES = (
 )
 _TIMES = ("seconds", "seconds_original")
 _LOOK_SECONDS = 0.005
+#: Sequences that are tuned on and judge.
+_TUNED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,10 @@ def watched(found: dict[str, float]) -> Iterator[None]:
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
     """Do one piece of work, in the process that is for it."""
+    import mofq.delivery.tuning.streamed
     import mofq.delivery.validation.streamed
     import mofq.evidence.calibration.streamed  # noqa: F401
-    from mofq.api import Samples, Where, calibrate
+    from mofq.api import Excerpts, Running, Samples, Where, calibrate, tune
     from mofq.delivery.validation import validate_many
     from mofq.evidence.corpora import load_text
 
@@ -100,6 +104,21 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
                 execution=task["execution"],
                 where=Where(dtype=task["dtype"]),
             )
+        return found
+    if task["what"] == "tune":
+        with watched(found):
+            tuned = tune(
+                task["model"],
+                task["recipe"],
+                ["en=demo-en-calibration"],
+                steps=task["steps"],
+                excerpts=Excerpts(
+                    sequences=task["sequences"], sequence_length=task["sequence_length"]
+                ),
+                execution=task["execution"],
+                running=Running(dtype=task["dtype"]),
+            )
+        found["result"] = tuned.tuning.sha256
         return found
     text = load_text("demo-en")
     with watched(found):
@@ -213,6 +232,9 @@ def compare(name: str, model: str, made: Path, options: Any) -> list[list[str]]:
     for what, cost in (("five runs", one_by_one), ("one run", at_once)):
         is_same = cost.result == streamed.result
         rows.append(_row(name, f"validate, {what}", cost, streamed, is_same))
+    plan |= {"what": "tune", "recipe": recipes[0], "sequences": _TUNED, "steps": options.steps}
+    whole, streamed = (run(execution=one, **plan) for one in ("resident", "streamed"))
+    rows.append(_row(name, "tune", whole, streamed, whole.result == streamed.result))
     for output in outputs.values():
         shutil.rmtree(output)
     return rows
@@ -238,6 +260,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=8, help="of calibration")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=4096, help="to validate on")
+    parser.add_argument("--steps", type=int, default=8, help="of tuning")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--task", help="of a process that this script starts")
     options = parser.parse_args(given)
@@ -257,7 +280,7 @@ def main(given: Sequence[str] | None = None) -> int:
             folder = Path(made) / f"of-{name}"
             os.makedirs(folder)
             rows += compare(name, model, folder, options)
-            for row in rows[-3:]:
+            for row in rows[-4:]:
                 print(*row, sep=", ", file=sys.stderr, flush=True)
     heads = ["model", "what", "same", "whole", "streamed", "ratio", "memory, whole", "streamed"]
     print_markdown(heads, rows)

@@ -288,10 +288,13 @@ def make_cases(inputs: Path, out: Path) -> tuple[list[Sequence[str]], list[Case]
     run = ("--space", str(run_space), "--max-bits", "5", *corpus[:2], "--sequences", "2", *TEXT)
     streamed = ("--execution", "streamed")
     validate = ("validate", model, recipe, *TEXT, "-o", str(out / "validation.json"))
+    twelve = (*corpus[:2], "--sequences", "12", *corpus[4:], "--steps", "3")
+    tune = ("tune", model, recipe, *twelve, "-o", str(out / "tuned.yaml"))
     cases = [
         Case("calibrate", calibrate(out)),
         Case("calibrate-streamed", (*calibrate(out), *streamed)),
         Case("validate-streamed", (*validate, *streamed)),
+        Case("tune-streamed", (*tune, *streamed)),
         Case("measure", measure(out), growing=("table.jsonl",)),
         Case("export", ("export", model, recipe, *to), is_refused_again=True),
         Case("search", search(out, *optuna), study="recipe.optuna.db"),

@@ -8,7 +8,8 @@ import pytest
 from command_line import DEMO, mofq, ok, refused, tree
 
 import mofq as package
-from mofq.api import Budget, Windows
+from mofq.api import Budget, Excerpts, Windows, run_delivery, tune
+from mofq.demo import demo_mixture_folder
 
 ON = ("--corpus", "en=demo-en-calibration", "--sequence-length", "64")
 
@@ -48,6 +49,49 @@ def test_validate_and_diff_say_that_norms_are_tuned(folder: Path) -> None:
     tuning = ok("diff", folder / "plain.yaml", folder / "tuned.yaml", "--json").json["tuned"]
     assert tuning[0] is None
     assert tuning[1]["kl_after"] < tuning[1]["kl_before"]
+
+
+def test_a_model_that_does_not_fit_is_tuned_layer_by_layer_with_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.model.streaming.execution.free_bytes", lambda _: 10**6)
+    ran = ok(
+        *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "32", "--steps", "8"),
+        *("-o", tmp_path / "tuned.yaml"),
+    )
+    assert "it is run layer by layer (--execution streamed)" in ran.err
+    assert f"GB are kept in {tmp_path / '.tuned.yaml.streamed'}" in ran.err
+    assert tree(tmp_path) == {
+        name: content for name, content in tree(folder).items() if name.startswith("tuned")
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        (DEMO, "int4.g32@mse"),
+        (DEMO, "nvfp4"),
+        (DEMO, "int8.channel+int8.token"),
+        (demo_mixture_folder(), "int4.g32"),
+    ],
+)
+def test_bundled_models_are_tuned_the_same_layer_by_layer(
+    model: Path, scheme: str, tmp_path: Path
+) -> None:
+    ok("recipe", "uniform", model, scheme, "-o", tmp_path / "plain.yaml")
+    resident, streamed = (
+        tune(
+            model,
+            tmp_path / "plain.yaml",
+            ["en=demo-en-calibration"],
+            steps=3,
+            excerpts=Excerpts(sequences=12, sequence_length=64),
+            execution=execution,
+        ).tuning
+        for execution in ("resident", "streamed")
+    )
+    assert streamed == resident
 
 
 def test_norms_alone_are_tuned_where_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -152,6 +196,23 @@ def test_a_run_whose_tuning_runs_out_of_memory_ends_with_what_it_found(
     )
     assert found.recipe.tuning is None
     assert "The recipe is not tuned: memory ran out." in map(str, told)
+
+
+@pytest.mark.long
+def test_a_run_layer_by_layer_tunes_at_its_best_and_says_what_would_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("version: 1\nschemes: ['int3.channel']\n")
+    run = ("run", DEMO, "--space", space, "--max-bits", "4", *ON, "--sequences", "12")
+    small = ("--tokens", "128", "--rivals", "0", "--execution", "streamed")
+    normal = ok(*run, *small, "-o", tmp_path / "normal")
+    assert "32 steps would read and quantize all of it 64 times. --effort best" in normal.err
+    assert package.load_recipe(tmp_path / "normal" / "recipe.yaml").tuning is None
+    monkeypatch.setitem(run_delivery._STEPS, "best", 1)
+    best = ok(*run, *small, "--effort", "best", "-o", tmp_path / "best")
+    assert f"GB are kept in {tmp_path / 'best' / '.tuning'}" in best.err
+    assert not (tmp_path / "best" / ".tuning").exists()
 
 
 @pytest.mark.long

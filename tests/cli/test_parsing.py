@@ -34,7 +34,7 @@ FLAGS = {
     "--sequence-length --device --stats --trials --multi-objective --trial --storage "
     "--workers --seed --corpus-weights --execution",
     "tune": "model recipe --corpus -o --output --stats --what --steps --sequences "
-    "--sequence-length --bos --dtype --device",
+    "--sequence-length --bos --dtype --device --execution",
     "validate": "model recipe_or_folder --text --tokens --sequence-length --bos --dtype --device "
     "--execution --stats --backend --emulate --tasks --task-folder --task-limit -o --output",
     "export": "model recipe -o --output --to --engine --stats --validation",

@@ -23,8 +23,8 @@ from mofq.delivery.export.compressed_tensors import find_folder_deviations
 from mofq.delivery.recipe_layers import find_recipe_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import LearnedCodes, learning_bytes
+from mofq.delivery.tuning.even_steps import EvenSteps
 from mofq.delivery.tuning.tensors import learned_codes
-from mofq.delivery.tuning.tune import EvenSteps
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
 from mofq.delivery.validation.enforcement import enforcement

@@ -321,23 +321,47 @@ def apply_group(
     """
     # Before anything is rounded: experts are rounded in place, where the source lies.
     amax = weight_amax(group, scheme, sources)
+
+    def rounded(layer: LinearLayer) -> Tensor:
+        weight_OI = sources[layer.name]
+        if scheme.weight is None:
+            return weight_OI
+        codes = layer_codes(
+            fits,
+            layer,
+            scheme.weight,
+            partial(rows_of, weight_OI),
+            tensor_amax=amax.get(layer.name),
+            changes=changes.get(layer.name),
+        )
+        dtype = loaded_weight(model, layer).dtype
+        return _decoded(codes, weight_OI, dtype=dtype, scheme=scheme.weight)
+
+    put_group(model, group, scheme, rounded, recipe=recipe)
+
+
+def put_group(
+    model: nn.Module,
+    group: FusionGroup,
+    scheme: Scheme,
+    rounded: Callable[[LinearLayer], Tensor],
+    *,
+    recipe: Recipe,
+) -> None:
+    """Put the scheme of one fusion group in the place of its layers, with weights that are known.
+
+    Args:
+        model: As `apply_group` has it, and so are ``group``, ``scheme`` and ``recipe``.
+        group: Of the model.
+        scheme: Of the group.
+        rounded: Gives what the weight of a layer becomes, [out_features, in_features].
+        recipe: Has the static scales.
+    """
     inputs = static_amax(group, scheme, recipe)
     if any(layer.expert is not None for layer in group.layers):
         _replace_experts(model, group.layers, scheme, inputs)
     for layer in group.layers:
-        weight_OI = sources[layer.name]
-        if scheme.weight is not None:
-            codes = layer_codes(
-                fits,
-                layer,
-                scheme.weight,
-                partial(rows_of, weight_OI),
-                tensor_amax=amax.get(layer.name),
-                changes=changes.get(layer.name),
-            )
-            weight_OI = _decoded(
-                codes, weight_OI, dtype=loaded_weight(model, layer).dtype, scheme=scheme.weight
-            )
+        weight_OI = rounded(layer)
         if layer.expert is not None:
             loaded_weight(model, layer).copy_(weight_OI)
             continue

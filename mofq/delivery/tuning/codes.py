@@ -14,7 +14,7 @@ of outputs; straight-through gradients, Y. Bengio et al., arXiv:1308.3432.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -50,6 +50,8 @@ _IN_CELL = 0.4
 #: Memory while codes are learned, for each weight beside the model: where it is in its cell and its
 #: gradient in float32; its first code, of floating-point elements in float32 too [bytes].
 _LATENT_BYTES, _INT_BYTES, _FLOAT_BYTES = 8, 1, 4
+#: A layer that is all of its weight.
+_WHOLE = LoadedWeight("")
 
 
 @dataclass(slots=True)
@@ -57,34 +59,26 @@ class LearnedCodes:
     """The weight of one layer while its codes and scales are learned."""
 
     name: str
-    #: In the model, whose gradient is taken, as it computes; of an expert others have rows in it.
-    weight: Tensor
-    rows: slice  #: of the layer, in the weight or its transpose
-    transposed: bool
     scheme: TensorScheme
     before: QuantizedWeight  #: as the scheme rounds it
     latent_OI: Tensor  #: where each weight is in its cell, in the units of the weight, float32
     factor_AG: Tensor | None  #: relative change of each scale, float32; None: scales stay
     error: float  #: of the weight as rounded, relative to its norm
+    #: In the model, whose gradient is taken, as it computes; of an expert others have rows in it.
+    weight: Tensor = field(init=False)
+    at: LoadedWeight = field(init=False)  #: where the layer is in it
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        weight: Tensor,
-        codes: LayerCodes,
-        *,
-        row_start: int = 0,
-        transposed: bool = False,
+        cls, name: str, weight: Tensor, codes: LayerCodes, at: LoadedWeight = _WHOLE
     ) -> LearnedCodes:
         """Begin with what a scheme makes of a layer.
 
         Args:
             name: Of the layer.
-            weight: A leaf that computes in the model; it holds what the scheme makes.
+            weight: As `place` has it, and so is ``at``; it holds what the scheme makes.
             codes: Of the layer; reads its rows.
-            row_start: Where they begin in the weight.
-            transposed: Whether the weight has inputs first.
+            at: Where the layer is in the weight.
         """
         scheme, rows, device = codes.scheme, codes.layer.out_features, weight.device
         before = _to(codes.rows(0, rows), device)
@@ -94,9 +88,18 @@ class LearnedCodes:
         factor = None
         if before.scale is not None and can_learn_scales(scheme):
             factor = torch.zeros_like(before.scale, dtype=torch.float32)
-        latent_OI = _in_cells(weight_OI, before, scheme)
-        rows_of = slice(row_start, row_start + rows)
-        return cls(name, weight, rows_of, transposed, scheme, before, latent_OI, factor, error)
+        found = cls(name, scheme, before, _in_cells(weight_OI, before, scheme), factor, error)
+        found.place(weight, at)
+        return found
+
+    def place(self, weight: Tensor, at: LoadedWeight) -> None:
+        """Say where it computes.
+
+        Args:
+            weight: A leaf of the model.
+            at: Where the layer is in it, or in an expert's matrix that it is.
+        """
+        self.weight, self.at = weight, at
 
     def begin_step(self) -> None:
         """Ask for the gradient of the rounded weight."""
@@ -113,7 +116,8 @@ class LearnedCodes:
         return self._own(self.weight.detach())
 
     def _own(self, weight: Tensor) -> Tensor:
-        return (weight.T if self.transposed else weight)[self.rows]
+        rows = slice(self.at.row_start, self.at.row_start + len(self.latent_OI))
+        return (weight.T if self.at.transposed else weight)[rows]
 
     def step_codes(self, rate: float) -> None:
         """Move the weights in their cells, and leave the gradient of the scales' factors behind.
@@ -121,7 +125,9 @@ class LearnedCodes:
         Args:
             rate: Of the distance between codes.
         """
-        if self.weight.grad is None:
+        if self.weight.grad is None:  # no token chose the expert
+            if self.factor_AG is not None:
+                self.factor_AG.grad = None
             return
         gradient_OI, rounded_OI = self._own(self.weight.grad).float(), self.rounded_OI
         if self.factor_AG is not None:
@@ -184,15 +190,10 @@ def learned_layers(
         for layer in group.layers:
             if not _is_learned(layer, experts=experts):
                 continue
-            at = find_loaded_weight(layer, layers.architecture)
-            path, _, parameter = at.name.rpartition(".")
-            module = model.get_submodule(path)
-            if isinstance(module, FakeQuantExperts) and at.expert is not None:
-                weight = module.learnable(parameter)[at.expert]
-            elif isinstance(module, FakeQuantLinear):  # has its outputs first, whatever it replaced
-                weight, at = module.weight, LoadedWeight(at.name)
-            else:
+            found = find_leaf(model, layer, layers.architecture)
+            if found is None:
                 continue
+            weight, at = found
             codes = layer_codes(
                 fits,
                 layer,
@@ -200,9 +201,30 @@ def learned_layers(
                 partial(read_layer_rows, checkpoint, layer),
                 tensor_amax=amax.get(layer.name),
             )
-            yield LearnedCodes.of(
-                layer.name, weight, codes, row_start=at.row_start, transposed=at.transposed
-            )
+            yield LearnedCodes.of(layer.name, weight, codes, at)
+
+
+def find_leaf(
+    model: nn.Module, layer: LinearLayer, architecture: str
+) -> tuple[Tensor, LoadedWeight] | None:
+    """What computes with a layer's rounded weight, and where the layer is in it.
+
+    Args:
+        model: To which a recipe was applied; an expert's matrix becomes a tensor of its own.
+        layer: Of the checkpoint.
+        architecture: ``ModelLayers.architecture``.
+
+    Returns:
+        None where the layer is not quantized.
+    """
+    at = find_loaded_weight(layer, architecture)
+    path, _, parameter = at.name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, FakeQuantExperts) and at.expert is not None:
+        return module.learnable(parameter)[at.expert], at
+    if isinstance(module, FakeQuantLinear):  # has its outputs first, whatever it replaced
+        return module.weight, _WHOLE
+    return None
 
 
 def learning_bytes(recipe: Recipe, layers: ModelLayers, *, experts: bool = True) -> int:

@@ -1,9 +1,10 @@
 """Tunes norms, codes and scales of a quantized model until it predicts more like the original.
 
 What is stepped on is KL(original || quantized), some sequences of the calibration text at a time:
-norms and scales relative to the gain of each channel and to each scale (`EvenSteps`), codes by
+norms and scales relative to the gain of each channel and to each scale (`even_steps`), codes by
 signed steps (`codes`). What is stored of them is what computes, in every pass. Sequences that no
-step saw say whether it helped.
+step saw say whether it helped. The model is in memory (`resident`), or runs layer by layer
+(`streamed`).
 """
 
 from __future__ import annotations
@@ -11,22 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from mofq.delivery.tuning.codes import LearnedCodes
-from mofq.delivery.tuning.norms import Norm
-from mofq.delivery.validation.divergence import (
-    OriginalLogits,
-    check_logits,
-    compare_windows,
-)
+from mofq.delivery.validation.divergence import check_logits
 from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.standard_error import standard_error
-from mofq.files.progress import Progress, Steps
 
 #: Sequences of a step.
 BATCH = 4
@@ -36,10 +30,6 @@ _RATE, _MOST_RATE = 0.01, 3e-3
 #: Of codes relative to the distance between two. All steps together go this part of it, but for the
 #: cosine; each of few steps is no larger: what they change first is noise.
 _CODE_WAY, _MOST_CODE_RATE = 1 / 4, 8e-3
-#: How slowly means of squares of gradients forget, and how far beyond its root one counts.
-_FORGETS, _MOST = 0.95, 3.0
-#: Far below any gradient.
-_TINY = 1e-30
 #: Of so many sequences of a corpus one is held out.
 _HOLD_OUT = 4
 #: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
@@ -99,28 +89,47 @@ class Tuned:
         return float(saved_N.mean()) > float(stdtrit(len(saved_N) - 1, _SURE)) * self.saved_stderr
 
 
-def tune_model(
-    model: PreTrainedModel,
-    norms: Sequence[Norm],
-    codes: Sequence[LearnedCodes],
-    split: Split,
-    *,
-    stepped: OriginalLogits,
-    held_out: OriginalLogits,
-    steps: int,
-    progress: Progress | None,
-) -> Tuned:
-    """Tune the norms, codes and scales of a model, in place.
+class Tunable(Protocol):
+    """A quantized model with norms, codes and scales that can move, wherever its weights are."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that can move."""
+        ...
+
+    def judge(self, when: str) -> Tensor:
+        """KL of each sequence that is held out [nats per token], float64.
+
+        Args:
+            when: ``"before"`` or ``"after"`` all steps.
+        """
+        ...
+
+    def step(self, number: int, indices: Sequence[int]) -> None:
+        """Move everything once.
+
+        Args:
+            number: Of the step, from 0.
+            indices: Of the sequences, those that are stepped on.
+        """
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As `Tuned` has them."""
+        ...
+
+    def changes(self) -> dict[str, CodeChanges]:
+        """As `Tuned` has them."""
+        ...
+
+
+def tune_model(model: Tunable, split: Split, *, steps: int) -> Tuned:
+    """Tune the norms, codes and scales of a model.
 
     Args:
-        model: To which a recipe was applied; frozen, in eval mode.
-        norms: Of the model.
-        codes: Of its layers, those that are learned; they may be none.
-        split: What is stepped on, and what judges.
-        stepped: The original's logits of the first.
-        held_out: Those of the second.
+        model: What has them.
+        split: What it steps on, and what judges.
         steps: Each on `BATCH` sequences.
-        progress: Called with ``"tune"``, sequences run, and all of them.
 
     Returns:
         What changed, and what it does.
@@ -132,89 +141,54 @@ def tune_model(
     arXiv:2309.02784, which steps on distances of layers' outputs. Of codes, see `codes`.
     """
     order = _order(len(split.stepped_NT), steps * BATCH)
-    tell = Steps(progress, "tune", len(order) + 2 * len(split.held_out_NT))
-
-    def judge() -> Tensor:
-        found = []
-        for score in compare_windows(model, split.held_out_NT, original=held_out):
-            found.append(score.kl_nats / split.held_out_NT.shape[1])
-            tell()
-        return torch.tensor(found, dtype=torch.float64)
-
-    before_N = judge()
-    start = [norm.parameter.detach().float().clone() for norm in norms]
-    moved = [torch.zeros_like(start_C, requires_grad=True) for start_C in start]
-    factors = [one.factor_AG for one in codes if one.factor_AG is not None]
-    rate = _MOST_RATE if not codes else min(_MOST_RATE, _RATE * _mean_error(codes))
-    even = [EvenSteps(one) for one in (moved, factors) if one]
-    for step, first in enumerate(range(0, len(order), BATCH)):
-        for norm in norms:
-            norm.parameter.requires_grad_(True)
-        for one in codes:
-            one.begin_step()
-        for index in order[first : first + BATCH]:
-            _run_backward(model, split.stepped_NT[index], stepped.read(index), share=1 / BATCH)
-            tell()
-        share = (1 + math.cos(math.pi * step / steps)) / 2
-        for norm, moved_C in zip(norms, moved, strict=True):
-            moved_C.grad = _take_gradient(norm)
-        for one in codes:
-            one.step_codes(min(_MOST_CODE_RATE, _CODE_WAY / steps) * share)
-        for one in codes:
-            one.end_step()
-        for relative in even:
-            relative.step(rate * share)
-        for norm, start_C, moved_C in zip(norms, start, moved, strict=True):
-            _put(norm, start_C + norm.size_C * moved_C.detach())
-        for one in codes:
-            one.put()
-    after_N = judge()
-    changed = {
-        name: norm.parameter.detach().to(norm.dtype).cpu()
-        for norm, start_C in zip(norms, start, strict=True)
-        if not torch.equal(norm.parameter.float(), start_C)
-        for name in norm.names
-    }
-    return Tuned(changed, {one.name: one.changes() for one in codes}, before_N, after_N)
+    before_N = model.judge("before")
+    for number in range(steps):
+        model.step(number, order[number * BATCH : (number + 1) * BATCH])
+    after_N = model.judge("after")
+    return Tuned(model.tensors(), model.changes(), before_N, after_N)
 
 
-class EvenSteps:
-    """Steps that cost about the same in each parameter where the gradient is noise.
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How far each step goes."""
 
-    A parameter moves by its gradient over the root mean square of it, as Adam's do; where that is
-    larger than the median's of all, by as much less. What loss answers to most, such as scales of
-    groups with massive inputs, has the largest gradients, and steps of one size would add more
-    noise there than is gained elsewhere.
+    steps: int  #: in all
+    errors: Sequence[float]  #: of rounding relative to the weights, of each layer that is learned
+
+    def of_codes(self, step: int) -> float:
+        """Of the distance between two codes."""
+        return min(_MOST_CODE_RATE, _CODE_WAY / self.steps) * self._share(step)
+
+    def relative(self, step: int) -> float:
+        """Of norms and scales."""
+        rate = _MOST_RATE
+        if self.errors:  # all layers alike
+            error = math.sqrt(sum(one**2 for one in self.errors) / len(self.errors))
+            rate = min(rate, _RATE * error)
+        return rate * self._share(step)
+
+    def _share(self, step: int) -> float:
+        return (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+def send_divergence(logits_TV: Tensor, reference_TV: Tensor) -> None:
+    """Run backward from the share of one sequence of a step in the KL per token.
+
+    Args:
+        logits_TV: Of the quantized model.
+        reference_TV: The original's, on any device.
+
+    Raises:
+        MofqError: The first are not finite.
     """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._squares: list[Tensor] = []
-
-    def step(self, rate: float) -> None:
-        """Move all by their ``grad``, a parameter of median gradients by about ``rate``."""
-        squares = [_grad(one).square() for one in self._parameters]
-        before = self._squares or squares
-        self._squares = [
-            _FORGETS * mean + (1 - _FORGETS) * new
-            for mean, new in zip(before, squares, strict=True)
-        ]
-        every = torch.cat([one.flatten() for one in self._squares])
-        seen = every[every > 0]  # no gradient reaches an expert that no token chose
-        median = seen.median() if len(seen) else every.new_zeros(())
-        for one, square in zip(self._parameters, self._squares, strict=True):
-            size = square.sqrt() + _TINY
-            less = (median.sqrt() / size).clamp(max=1)
-            one.data -= rate * less * (_grad(one) / size).clamp(-_MOST, _MOST)
-
-
-def _grad(one: Tensor) -> Tensor:
-    return torch.zeros_like(one) if one.grad is None else one.grad
-
-
-def _mean_error(codes: Sequence[LearnedCodes]) -> float:
-    """Of rounding, relative to the weights, all layers alike."""
-    return math.sqrt(sum(one.error**2 for one in codes) / len(codes))
+    check_logits(logits_TV.detach(), what="the quantized model")
+    gradient_TV = torch.empty_like(logits_TV)
+    for start in range(0, len(logits_TV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        p_RV = reference_TV[rows].to(logits_TV.device).softmax(-1)
+        q_RV = logits_TV.detach()[rows].float().softmax(-1)
+        gradient_TV[rows] = (q_RV - p_RV) * (1 / BATCH / len(logits_TV))
+    logits_TV.backward(gradient_TV)
 
 
 def _order(count: int, visits: int) -> list[int]:
@@ -223,34 +197,3 @@ def _order(count: int, visits: int) -> list[int]:
     rounds = math.ceil(visits / count)
     order = [int(i) for _ in range(rounds) for i in torch.randperm(count, generator=generator)]
     return order[:visits]
-
-
-def _run_backward(
-    model: PreTrainedModel, token_T: Tensor, reference_TV: Tensor, *, share: float
-) -> None:
-    """Add the gradient of a share of a sequence's KL per token to the parameters that want it."""
-    device = model.get_input_embeddings().weight.device
-    logits_TV = model(token_T[None].to(device)).logits[0]
-    check_logits(logits_TV.detach(), what="the quantized model")
-    gradient_TV = torch.empty_like(logits_TV)
-    for start in range(0, len(token_T), _ROWS):
-        rows = slice(start, start + _ROWS)
-        p_RV = reference_TV[rows].to(device).softmax(-1)
-        q_RV = logits_TV.detach()[rows].float().softmax(-1)
-        gradient_TV[rows] = (q_RV - p_RV) * (share / len(token_T))
-    logits_TV.backward(gradient_TV)
-
-
-def _take_gradient(norm: Norm) -> Tensor:
-    """Of the relative change of each channel; the parameter has none afterwards."""
-    gradient_C = norm.parameter.grad
-    norm.parameter.grad = None
-    norm.parameter.requires_grad_(False)
-    if gradient_C is None:  # of a tower that got no input
-        return torch.zeros_like(norm.size_C)
-    return gradient_C.float() * norm.size_C
-
-
-def _put(norm: Norm, value_C: Tensor) -> None:
-    with torch.no_grad():
-        norm.parameter.copy_(value_C.to(norm.dtype))

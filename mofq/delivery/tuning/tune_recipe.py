@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq import __version__
-from mofq.decision.recipe import Recipe, join_hashes
+from mofq.decision.recipe import Recipe, join_hashes, recipe_text
 from mofq.decision.tuning import Tuning, tuned_file
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.recipe_fits import open_fits
@@ -19,12 +22,22 @@ from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.norms import find_norms
-from mofq.delivery.tuning.tune import BATCH, Split, Tuned, split_sequences, tune_model
+from mofq.delivery.tuning.resident import Resident
+from mofq.delivery.tuning.streamed import open_tuning
+from mofq.delivery.tuning.tune import (
+    BATCH,
+    Split,
+    Tunable,
+    Tuned,
+    split_sequences,
+    tune_model,
+)
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
+from mofq.delivery.validation.streamed import drop_unfinished, work_folder
 from mofq.evidence.calibration.stats import Plan
 from mofq.evidence.code_changes import to_tensors
 from mofq.exceptions import CorpusError, RecipeError, option
-from mofq.files.progress import Progress, Steps
+from mofq.files.progress import Progress, Steps, Tell
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers
@@ -57,7 +70,10 @@ def tune_recipe(
     steps: int,
     codes: bool = True,
     device: str = "cpu",
+    is_streamed: bool = False,
+    work: Path | None = None,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> TunedRecipe:
     """Tune the norms of a recipe's model against the original, and learn its codes and scales.
 
@@ -70,7 +86,12 @@ def tune_recipe(
         steps: Of four sequences each.
         codes: Whether codes and scales are learned beside norms.
         device: Where the models run, one after the other.
-        progress: Called with ``"original"`` and ``"tune"``, sequences run, and all of them.
+        is_streamed: Whether one decoder layer is in memory at a time, and not the whole model.
+        work: Where what is kept between layers lies until all is done, so that a run that was
+            stopped goes on; None: in a temporary folder.
+        progress: Called with ``"original"`` and ``"tune"``, sequences or layers run, and all of
+            them.
+        tell: Called with what the disk has to hold.
 
     Returns:
         The recipe, which names the weights that it is for, and what tuning does on what no step
@@ -79,7 +100,8 @@ def tune_recipe(
     Raises:
         CorpusError: There are too few sequences.
         RecipeError: The model has neither norms nor codes that can be tuned, or as `apply_recipe`.
-        MofqError: There is no room for the original's logits, or logits are not finite.
+        StreamingError: The model cannot be tuned layer by layer.
+        MofqError: The disk has too little space, or logits are not finite.
     """
     split = split_sequences(windows, most=steps * BATCH)
     if len(split.held_out_NT) < _FEWEST_HELD_OUT:
@@ -88,41 +110,106 @@ def tune_recipe(
             f"{_FEWEST_HELD_OUT} are needed to judge, found {len(split.held_out_NT)}. Give longer "
             f"text, or a larger {option('sequences')}."
         )
-    with OriginalLogits() as stepped, OriginalLogits() as held_out:
-        _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
-        model = load_model(base.checkpoint.folder, dtype=plan.dtype, device=device)
-        apply_recipe(model, recipe, checkpoint=base.checkpoint, stats=base.stats, progress=progress)
-        layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
-        norms = find_norms(model, base.checkpoint, layers.architecture)
-        room = _find_room(layers, recipe, device) if codes else _Room(codes=False)
-        learned: list[LearnedCodes] = []
-        if room.codes:
-            index_sha256 = base.checkpoint.index_sha256
-            with open_fits(recipe, base.stats, index_sha256=index_sha256) as fits:
-                learned = list(
-                    learned_layers(
-                        model, recipe, layers, base.checkpoint, fits=fits, experts=room.experts
-                    )
-                )
-        if not norms and not learned:
+    layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
+    with ExitStack() as stack:
+        if is_streamed:
+            open_one = partial(_streamed, stack, work=work, progress=progress, tell=tell)
+        else:
+            open_one = partial(_resident, stack, progress=progress)
+            if work is not None:
+                drop_unfinished(work)
+        model, note = open_one(
+            original, recipe, base, layers, plan, split, steps=steps, codes=codes, device=device
+        )
+        if model.is_empty:
             raise RecipeError(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
                 f"and no codes that can be learned."
             )
-        tuned = tune_model(
-            model,
-            norms,
-            learned,
-            split,
-            stepped=stepped,
-            held_out=held_out,
-            steps=steps,
-            progress=progress,
-        )
+        tuned = tune_model(model, split, steps=steps)
     bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
     done = _with_tuned(bound, tuned, split, plan, steps=steps)
     assert done.tuning is not None
-    return TunedRecipe(done, done.tuning, tuned.helps, room.note)
+    return TunedRecipe(done, done.tuning, tuned.helps, note)
+
+
+def _resident(
+    stack: ExitStack,
+    original: Checkpoint,
+    recipe: Recipe,
+    base: Base,
+    layers: ModelLayers,
+    plan: Plan,
+    split: Split,
+    *,
+    steps: int,
+    codes: bool,
+    device: str,
+    progress: Progress | None,
+) -> tuple[Tunable, str | None]:
+    """The quantized model in memory, after the original; and which codes are not learned."""
+    stepped, held_out = (stack.enter_context(OriginalLogits()) for _ in range(2))
+    _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
+    checkpoint = base.checkpoint
+    model = load_model(checkpoint.folder, dtype=plan.dtype, device=device)
+    apply_recipe(model, recipe, checkpoint=checkpoint, stats=base.stats, progress=progress)
+    norms = find_norms(model, checkpoint, layers.architecture)
+    room = _find_room(layers, recipe, device) if codes else _Room(codes=False)
+    learned: list[LearnedCodes] = []
+    if room.codes:
+        with open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256) as fits:
+            learned = list(
+                learned_layers(model, recipe, layers, checkpoint, fits=fits, experts=room.experts)
+            )
+    found = Resident(model, norms, learned, split, stepped, held_out, steps, progress)
+    return found, room.note
+
+
+def _streamed(
+    stack: ExitStack,
+    original: Checkpoint,
+    recipe: Recipe,
+    base: Base,
+    layers: ModelLayers,
+    plan: Plan,
+    split: Split,
+    *,
+    steps: int,
+    codes: bool,
+    device: str,
+    work: Path | None,
+    progress: Progress | None,
+    tell: Tell | None,
+) -> tuple[Tunable, str | None]:
+    """As `_resident`, layer by layer; what a tuning of the same left on the disk is taken."""
+    checkpoint = base.checkpoint
+    asked = {
+        "mofq": __version__,
+        "models": [[one.index_sha256, hash_weights(one)] for one in (original, checkpoint)],
+        "recipe": hashlib.sha256(recipe_text(recipe).encode()).hexdigest(),
+        "sequences": [
+            hashlib.sha256(one.numpy().tobytes()).hexdigest()
+            for one in (split.stepped_NT, split.held_out_NT)
+        ],
+        "steps": steps,
+        "codes": codes,
+        "arithmetic": [plan.dtype, device],
+    }
+    folder = stack.enter_context(work_folder(work, asked))
+    fits = stack.enter_context(open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256))
+    found = open_tuning(
+        *(original, recipe, checkpoint, split),
+        layers=layers,
+        fits=fits,
+        folder=folder,
+        steps=steps,
+        codes=codes,
+        dtype=plan.dtype,
+        device=device,
+        progress=progress,
+        tell=tell,
+    )
+    return stack.enter_context(found), None
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,7 @@ def validate_streamed(
         "text": [text.sha256, tokens, sequence_length, bos],
         "arithmetic": [dtype, device],
     }
-    with _work_folder(work, asked) as folder, ExitStack() as stack:
+    with work_folder(work, asked) as folder, ExitStack() as stack:
         places = [folder / f"candidate-{number}" for number in range(len(candidates))]
         recipes: dict[int, list[Subject]] = {id(checkpoint): [Subject(folder / "original")]}
         for place, candidate in zip(places, candidates, strict=True):
@@ -523,7 +523,7 @@ def _identity(candidate: Candidate) -> list[str | None]:
 
 
 @contextmanager
-def _work_folder(work: Path | None, asked: object) -> Iterator[Path]:
+def work_folder(work: Path | None, asked: object) -> Iterator[Path]:
     """A folder for what is kept between layers; one of a run that asked the same is continued."""
     if work is None:
         with tempfile.TemporaryDirectory(prefix="mofq-") as temporary:

@@ -27,8 +27,11 @@ _DTYPES = {
     for dtype in (
         torch.bool,
         torch.uint8,
+        torch.int8,
         torch.int32,
         torch.int64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
         torch.float16,
         torch.bfloat16,
         torch.float32,

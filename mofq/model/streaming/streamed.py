@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,8 @@ from mofq.model.streaming.writer import Writer
 _HOW = "cannot be run layer by layer"
 #: Called with the steps that are done.
 OnStep = Callable[[int], None]
+#: What a unit whose weights are there, by its path, is changed by while it runs.
+Within = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class StreamedModel:
         sequences: Sequence[StreamedSequence],
         *,
         for_gradients: bool = False,
+        forget: bool = False,
+        within: Within | None = None,
         on_step: OnStep | None = None,
     ) -> int:
         """Run every sequence up to the head, and keep what each unit returns.
@@ -70,6 +74,8 @@ class StreamedModel:
             sequences: What of them is done already is not done again.
             for_gradients: Compute as a run does that gradients are taken of: torch chooses
                 kernels by it.
+            forget: Keep only what a later unit looks at.
+            within: What each unit runs in; None: as it is.
             on_step: Called with the steps that are done.
 
         Returns:
@@ -84,10 +90,13 @@ class StreamedModel:
                 return step
             left = [one for one in sequences if not one.has(step)]
             if left:
-                with self.weights.loaded(unit, ahead=self.next_unit(unit)):
+                changed = nullcontext() if within is None else within(unit)
+                with self.weights.loaded(unit, ahead=self.next_unit(unit)), changed:
                     for sequence in left:
                         self.run_step(sequence, step, unit, for_gradients=for_gradients)
                     self.writer.wait()
+            if forget:
+                self.replayer.forget(sequences, step)
             if on_step is not None:
                 on_step(step + 1)
         raise AssertionError
