@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +25,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_output
-from mofq.exceptions import Remark
+from mofq.exceptions import RecipeError, Remark
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def tune(
     """Tune a quantized model against the original, at the same bits: codes, scales and norms.
 
     Some steps on the KL divergence, on three of four sequences; the others judge. Where the KL is
-    less there by more than its error, the recipe is written with what was tuned, which lies in a
-    file beside it; else it is written as it was. What a recipe was tuned to before is left out.
+    surely less there (its 95 % interval), the recipe is written with what was tuned, which lies in
+    a file beside it; else it is written as it was.
 
     Returns:
         The recipe, and what was measured.
@@ -112,7 +112,12 @@ def tune(
             files=[text_file(text.source) for text in texts],
             folders=[model, stats],
         )
-    untuned = replace(open_recipe(recipe), tuning=None, tuned=b"")
+    untuned = open_recipe(recipe)
+    if untuned.tuning is not None:
+        raise RecipeError(
+            f"{untuned.title}: is tuned already, in {untuned.tuning.steps} steps. To tune it anew, "
+            f"take its section `tuning` out: without it, it is the recipe before."
+        )
     check_device(running.device)
 
     from mofq.delivery.recipe_layers import find_recipe_layers

@@ -131,14 +131,9 @@ def test_where_nothing_is_gained_the_recipe_is_written_as_it_was(
     assert (tmp_path / "tuned.yaml").read_bytes() == (tmp_path / "plain.yaml").read_bytes()
 
 
-@pytest.mark.long
-def test_norms_that_were_tuned_are_tuned_anew(folder: Path, tmp_path: Path) -> None:
-    again = (*ON, "--sequences", "32", "--steps", "8", "-o", tmp_path / "again.yaml")
-    ok("tune", DEMO, folder / "tuned.yaml", *again)
-    first, second = (
-        package.load_recipe(path) for path in (folder / "tuned.yaml", tmp_path / "again.yaml")
-    )
-    assert first == second
+def test_a_recipe_that_is_tuned_is_refused(folder: Path, tmp_path: Path) -> None:
+    message = refused("tune", DEMO, folder / "tuned.yaml", *ON, "-o", tmp_path / "again.yaml")
+    assert "is tuned already, in 8 steps. To tune it anew, take its section `tuning` out" in message
 
 
 def test_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -146,7 +141,7 @@ def test_too_little_text_is_refused(folder: Path, tmp_path: Path) -> None:
         *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "4"),
         *("-o", tmp_path / "tuned.yaml"),
     )
-    assert "needed to judge, found 1. Give longer text, or a larger" in message
+    assert "needed to judge, found 1: of a text too few windows were cut. Give longer" in message
 
 
 @pytest.mark.long

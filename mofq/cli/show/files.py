@@ -84,8 +84,8 @@ def show_tuning(result: TuneResult) -> None:
         note(f"{result.output}: {result.tuning.what}, KL {gain}; {seconds}.")
     else:
         note(
-            f"{result.output}: the recipe as it was. Tuned it has KL {gain}: no less by more "
-            f"than its error; {seconds}."
+            f"{result.output}: the recipe as it was. Tuned it has KL {gain}: not surely less "
+            f"(95 %); {seconds}."
         )
     stats = stats_option(result.recipe)
     next_step("validate", result.model, str(result.output), *stats, "--text", "OTHER_TEXT")

@@ -107,8 +107,9 @@ def tune_recipe(
     if len(split.held_out_NT) < _FEWEST_HELD_OUT:
         raise CorpusError(
             f"a model is tuned on three sequences of four and judged by the fourth: at least "
-            f"{_FEWEST_HELD_OUT} are needed to judge, found {len(split.held_out_NT)}. Give longer "
-            f"text, or a larger {option('sequences')}."
+            f"{_FEWEST_HELD_OUT} are needed to judge, found {len(split.held_out_NT)}: of a text "
+            f"too few windows were cut. Give longer text, a larger {option('sequences')}, or a "
+            f"smaller {option('sequence_length')}."
         )
     layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
     with ExitStack() as stack:
