@@ -197,8 +197,8 @@ _ENGINES = (
 _TUNING = (
     Fault(
         "tuning: norms that are tuned away from the original",
-        "(q_RV - p_RV) * (share",
-        "(p_RV - q_RV) * (share",
+        "(q_RV - p_RV) * (1",
+        "(p_RV - q_RV) * (1",
         "tuning::test_tuned_norms_diverge_less_from_the_original_on_what_no_step_saw",
     ),
     Fault(

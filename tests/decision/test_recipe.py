@@ -352,7 +352,7 @@ _NAME = st.text(min_size=1, max_size=20).filter(str.isprintable) | st.sampled_fr
 
 @pytest.mark.long
 @given(st.lists(_NAME, min_size=1, max_size=6, unique=True))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_any_name_survives_writing_and_reading(names: list[str]) -> None:
     recipe = Recipe(names[0], None, groups=(RecipeGroup(names[-1], "nvfp4", tuple(names)),))
     text = recipe_text(recipe)
@@ -368,7 +368,7 @@ def test_any_number_survives_writing_and_reading(number: float) -> None:
 
 
 @given(st.integers(0, len(TEXT)), st.integers(0, 8), st.text(max_size=8))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_no_damage_breaks_the_parser(start: int, length: int, text: str) -> None:
     with contextlib.suppress(RecipeError):
         parse_recipe(TEXT[:start] + text + TEXT[start + length :])

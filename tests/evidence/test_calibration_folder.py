@@ -380,7 +380,9 @@ def test_a_stats_file_without_an_entry_for_a_sequence_is_refused(copy: Path) -> 
         read_stats(copy)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(position=st.integers(0, 10_000), value=st.binary(min_size=1, max_size=8))
 def test_whatever_stands_in_the_stats_file_is_read_or_refused(
     position: int, value: bytes, finished: Path, copy: Path

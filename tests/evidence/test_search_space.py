@@ -410,7 +410,7 @@ _WORDS += [
 
 
 @given(st.lists(st.sampled_from(_WORDS), max_size=30).map("".join) | st.text(max_size=60))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_no_text_breaks_the_parser(text: str) -> None:
     with contextlib.suppress(SearchSpaceError):
         space(text)

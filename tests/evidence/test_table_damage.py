@@ -136,7 +136,9 @@ def test_repeated_rows_are_accepted_only_where_they_agree(tmp_path: Path) -> Non
 
 
 @given(data=st.data())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_no_damage_breaks_the_reader(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "table.jsonl"
     path.unlink(missing_ok=True)
