@@ -147,7 +147,7 @@ def stopped_at(write: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 #: Of about 130 files: the original's, the first turn of the layers, before any step, in steps.
 @pytest.mark.parametrize(
     "writes",
-    [(30, 20, 20), *(pytest.param((n,), marks=pytest.mark.long) for n in range(5, 150, 7))],
+    [(30, 20, 20), *(pytest.param((n,), marks=pytest.mark.long) for n in range(5, 140, 7))],
 )
 def test_a_tuning_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     writes: tuple[int, ...],
