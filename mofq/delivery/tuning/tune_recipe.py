@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save
@@ -112,16 +111,14 @@ def tune_recipe(
             f"smaller {option('sequence_length')}."
         )
     layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
+    asked = _Asked(original, recipe, base, layers, plan, split, steps, codes, device, progress)
     with ExitStack() as stack:
         if is_streamed:
-            open_one = partial(_streamed, stack, work=work, progress=progress, tell=tell)
+            model, note = _streamed(stack, asked, work=work, tell=tell), None
         else:
-            open_one = partial(_resident, stack, progress=progress)
             if work is not None:
                 drop_unfinished(work)
-        model, note = open_one(
-            original, recipe, base, layers, plan, split, steps=steps, codes=codes, device=device
-        )
+            model, note = _resident(stack, asked)
         if model.is_empty:
             raise RecipeError(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
@@ -134,83 +131,73 @@ def tune_recipe(
     return TunedRecipe(done, done.tuning, tuned.helps, note)
 
 
-def _resident(
-    stack: ExitStack,
-    original: Checkpoint,
-    recipe: Recipe,
-    base: Base,
-    layers: ModelLayers,
-    plan: Plan,
-    split: Split,
-    *,
-    steps: int,
-    codes: bool,
-    device: str,
-    progress: Progress | None,
-) -> tuple[Tunable, str | None]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What `tune_recipe` was given, checked."""
+
+    original: Checkpoint
+    recipe: Recipe
+    base: Base
+    layers: ModelLayers  #: of the base
+    plan: Plan
+    split: Split
+    steps: int
+    codes: bool
+    device: str
+    progress: Progress | None
+
+
+def _resident(stack: ExitStack, asked: _Asked) -> tuple[Tunable, str | None]:
     """The quantized model in memory, after the original; and which codes are not learned."""
     stepped, held_out = (stack.enter_context(OriginalLogits()) for _ in range(2))
-    _run_original(original, split, plan, device, into=(stepped, held_out), progress=progress)
-    checkpoint = base.checkpoint
-    model = load_model(checkpoint.folder, dtype=plan.dtype, device=device)
-    apply_recipe(model, recipe, checkpoint=checkpoint, stats=base.stats, progress=progress)
+    _run_original(asked, into=(stepped, held_out))
+    recipe, layers, checkpoint = asked.recipe, asked.layers, asked.base.checkpoint
+    stats, device, progress = asked.base.stats, asked.device, asked.progress
+    model = load_model(checkpoint.folder, dtype=asked.plan.dtype, device=device)
+    apply_recipe(model, recipe, checkpoint=checkpoint, stats=stats, progress=progress)
     norms = find_norms(model, checkpoint, layers.architecture)
-    room = _find_room(layers, recipe, device) if codes else _Room(codes=False)
+    room = _find_room(layers, recipe, device) if asked.codes else _Room(codes=False)
     learned: list[LearnedCodes] = []
     if room.codes:
-        with open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256) as fits:
+        with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
             learned = list(
                 learned_layers(model, recipe, layers, checkpoint, fits=fits, experts=room.experts)
             )
-    found = Resident(model, norms, learned, split, stepped, held_out, steps, progress)
+    found = Resident(model, norms, learned, asked.split, stepped, held_out, asked.steps, progress)
     return found, room.note
 
 
-def _streamed(
-    stack: ExitStack,
-    original: Checkpoint,
-    recipe: Recipe,
-    base: Base,
-    layers: ModelLayers,
-    plan: Plan,
-    split: Split,
-    *,
-    steps: int,
-    codes: bool,
-    device: str,
-    work: Path | None,
-    progress: Progress | None,
-    tell: Tell | None,
-) -> tuple[Tunable, str | None]:
-    """As `_resident`, layer by layer; what a tuning of the same left on the disk is taken."""
-    checkpoint = base.checkpoint
-    asked = {
+def _streamed(stack: ExitStack, asked: _Asked, *, work: Path | None, tell: Tell | None) -> Tunable:
+    """The same layer by layer; what a tuning of the same left on the disk is taken."""
+    recipe, checkpoint, split = asked.recipe, asked.base.checkpoint, asked.split
+    same = {
         "mofq": __version__,
-        "models": [[one.index_sha256, hash_weights(one)] for one in (original, checkpoint)],
+        "models": [[one.index_sha256, hash_weights(one)] for one in (asked.original, checkpoint)],
         "recipe": hashlib.sha256(recipe_text(recipe).encode()).hexdigest(),
         "sequences": [
             hashlib.sha256(one.numpy().tobytes()).hexdigest()
             for one in (split.stepped_NT, split.held_out_NT)
         ],
-        "steps": steps,
-        "codes": codes,
-        "arithmetic": [plan.dtype, device],
+        "steps": asked.steps,
+        "codes": asked.codes,
+        "arithmetic": [asked.plan.dtype, asked.device],
     }
-    folder = stack.enter_context(work_folder(work, asked))
-    fits = stack.enter_context(open_fits(recipe, base.stats, index_sha256=checkpoint.index_sha256))
-    found = open_tuning(
-        *(original, recipe, checkpoint, split),
-        layers=layers,
-        fits=fits,
-        folder=folder,
-        steps=steps,
-        codes=codes,
-        dtype=plan.dtype,
-        device=device,
-        progress=progress,
-        tell=tell,
+    folder = stack.enter_context(work_folder(work, same))
+    fits = open_fits(recipe, asked.base.stats, index_sha256=checkpoint.index_sha256)
+    return stack.enter_context(
+        open_tuning(
+            *(asked.original, recipe, checkpoint, split),
+            layers=asked.layers,
+            fits=stack.enter_context(fits),
+            folder=folder,
+            steps=asked.steps,
+            codes=asked.codes,
+            dtype=asked.plan.dtype,
+            device=asked.device,
+            progress=asked.progress,
+            tell=tell,
+        )
     )
-    return stack.enter_context(found), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,18 +225,13 @@ def _find_room(layers: ModelLayers, recipe: Recipe, device: str) -> _Room:
     return _Room(codes=False, note=f"No codes are learned: {takes}.")
 
 
-def _run_original(
-    original: Checkpoint,
-    split: Split,
-    plan: Plan,
-    device: str,
-    *,
-    into: tuple[OriginalLogits, OriginalLogits],
-    progress: Progress | None,
-) -> None:
+def _run_original(asked: _Asked, *, into: tuple[OriginalLogits, OriginalLogits]) -> None:
     """Keep what the original predicts; it is out of memory afterwards."""
-    model: PreTrainedModel = load_model(original.folder, dtype=plan.dtype, device=device)
-    step = Steps(progress, "original", len(split.stepped_NT) + len(split.held_out_NT))
+    split = asked.split
+    model: PreTrainedModel = load_model(
+        asked.original.folder, dtype=asked.plan.dtype, device=asked.device
+    )
+    step = Steps(asked.progress, "original", len(split.stepped_NT) + len(split.held_out_NT))
     for tokens_NT, logits in zip((split.stepped_NT, split.held_out_NT), into, strict=True):
         run_original(model, tokens_NT, into=logits, progress=lambda *_: step())
 
