@@ -326,14 +326,14 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes: a scale from the weight as it was",
-        "to_tiles(as_float32(adjusted_OI[:, whole]), rows, columns)",
-        "to_tiles(weight_OI[:, whole], rows, columns)",
+        "as_float32(adjusted_IO[whole]).T",
+        "as_float32(weight_IO[whole]).T",
         "quantize_feedback::test_the_scale_of_a_group_is_that_of_the_weights_as_feedback_left_them",
     ),
     Fault(
         "fitted codes: nothing is passed on beyond a batch",
-        "send(torch.cat(errors, 1), passed_II",
-        "send(0 * torch.cat(errors, 1), passed_II",
+        "send(error_BO, passed_II",
+        "send(0 * error_BO, passed_II",
         "quantize_feedback",
     ),
     Fault(

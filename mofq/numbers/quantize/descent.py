@@ -31,13 +31,7 @@ from mofq.numbers.formats import FP8_E4M3
 from mofq.numbers.quantize.exact_sums import SUMMED, as_float32, send
 from mofq.numbers.quantize.rounding import round_to_format
 from mofq.numbers.quantize.scales import Scales, round_scale
-from mofq.numbers.quantize.tiles import (
-    code_values,
-    decode_tiles,
-    encode_tiles,
-    from_tiles,
-    to_tiles,
-)
+from mofq.numbers.quantize.tiles import code_values, decode_tiles, encode_tiles, row_scales
 from mofq.numbers.schemes import TensorScheme
 
 #: How often all columns are passed.
@@ -47,8 +41,8 @@ _MOVABLE = ("bf16", "f32", "e4m3")
 
 
 def descend(
-    weight_OI: Tensor,
-    codes_OI: Tensor,
+    weight_IO: Tensor,
+    codes_IO: Tensor,
     scales: Scales | None,
     *,
     scheme: TensorScheme,
@@ -58,8 +52,8 @@ def descend(
     """Lower what the rounding of some rows costs.
 
     Args:
-        weight_OI: Whole tiles, float32, finite.
-        codes_OI: As ``encode_tiles`` gives them, of all columns.
+        weight_IO: Whole tiles, each column a line, float64, finite.
+        codes_IO: As ``encode_tiles`` gives them, of all columns.
         scales: Of all tiles; None where the scheme is unscaled.
         scheme: Whose grid and granularity are used.
         hessian_II: Damped, [in_features, in_features], each column whole multiples below 2**22 of
@@ -70,11 +64,11 @@ def descend(
         Codes and scales in the place of those given.
     """
     rows, columns = tile
-    descent = _Descent(weight_OI, codes_OI, scales, scheme, hessian_II, rows, columns)
+    descent = _Descent(weight_IO, codes_IO, scales, scheme, hessian_II, rows, columns)
     for _ in range(SWEEPS):
-        for start, stop in _batches(weight_OI.shape[1], columns):
+        for start, stop in _batches(len(weight_IO), columns):
             descent.pass_batch(start, stop)
-    return descent.codes_OI, descent.scales
+    return descent.codes_IO, descent.scales
 
 
 def _batches(in_features: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -89,96 +83,86 @@ class _Descent:
 
     def __init__(
         self,
-        weight_OI: Tensor,
-        codes_OI: Tensor,
+        weight_IO: Tensor,
+        codes_IO: Tensor,
         scales: Scales | None,
         scheme: TensorScheme,
         hessian_II: Tensor,
         rows: int,
         columns: int,
     ) -> None:
-        self.codes_OI = codes_OI.clone()
+        self.codes_IO = codes_IO.clone()
         self.scales = None if scales is None else scales.map(torch.clone)
         self._scheme, self._rows, self._columns = scheme, rows, columns
         self._hessian_II = hessian_II
-        self._weight_OI = weight_OI.double()
         self._moves_scales = (
             scales is not None
             and scheme.granularity.kind == "group"
             and columns <= SUMMED
             and scheme.scale.name in _MOVABLE
         )
-        error_OI = self._weight_OI - self._decoded(0, weight_OI.shape[1])
-        self._pull_OI = torch.zeros_like(error_OI)
-        for start in range(0, weight_OI.shape[1], SUMMED):
+        self._pull_IO = torch.zeros_like(weight_IO)
+        error_IO = torch.cat(
+            [
+                weight_IO[start:stop] - self._decoded(start, stop, self._scales_at(start))
+                for start, stop in _batches(len(weight_IO), columns)
+            ]
+        )
+        for start in range(0, len(weight_IO), SUMMED):
             some = slice(start, start + SUMMED)
-            send(error_OI[:, some], hessian_II[some], into_OI=self._pull_OI)
+            send(error_IO[some], hessian_II[some], into_IO=self._pull_IO)
 
     def pass_batch(self, start: int, stop: int) -> None:
         """Take the best scale, and then the best code of each column in turn."""
-        batch = slice(start, stop)
-        before_OB = self._decoded(start, stop)
-        pull_OB, hessian_BB = self._pull_OI[:, batch].clone(), self._hessian_II[batch, batch]
-        hessian_BB = hessian_BB.double()
+        batch, scales = slice(start, stop), self._scales_at(start)
+        before_BO = value_BO = self._decoded(start, stop, scales)
+        pull_BO = self._pull_IO[batch].clone()
+        hessian_BB = self._hessian_II[batch, batch].double()
         if self._moves_scales:
-            self._move_scale(start, stop, pull_OB, hessian_BB)
-        for place, column in enumerate(range(start, stop)):
-            self._move_code(column, place, pull_OB, hessian_BB)
-        change_OB = self._decoded(start, stop) - before_OB
-        send(-change_OB, self._hessian_II[batch], into_OI=self._pull_OI)
+            self._move_scale(start, stop, pull_BO, hessian_BB)
+            scales = self._scales_at(start)
+            value_BO = self._decoded(start, stop, scales)
+        after_BO = torch.empty_like(value_BO)
+        for place in range(stop - start):
+            wanted_O = value_BO[place] + pull_BO[place] / hessian_BB[place, place]
+            code_O = encode_tiles(as_float32(wanted_O), self._scheme, scales)
+            self.codes_IO[start + place] = code_O
+            after_BO[place] = decode_tiles(code_O, self._scheme, scales)
+            step_O = after_BO[place] - value_BO[place]
+            pull_BO[place + 1 :] -= hessian_BB[place, place + 1 :, None] * step_O
+        send(before_BO - after_BO, self._hessian_II[batch], into_IO=self._pull_IO)
         # Others got it in 22 bits; so do these, that all columns know one and the same error.
 
-    def _move_scale(self, start: int, stop: int, pull_OB: Tensor, hessian_BB: Tensor) -> None:
-        scales = self._scales_at(start)
-        assert scales is not None
-        tiles = to_tiles(self.codes_OI[:, start:stop], 1, stop - start)
-        value_OB = from_tiles(code_values(tiles, self._scheme, scales)).double()
+    def _move_scale(self, start: int, stop: int, pull_BO: Tensor, hessian_BB: Tensor) -> None:
+        assert self.scales is not None
+        group = start // self._columns
+        value_BO = code_values(self.codes_IO[start:stop], self._scheme, self._scales_at(start))
+        value_BO = value_BO.double()
         # Of codes and of 22 bits: exact in any order. The sums below are taken in a fixed one.
-        turned_OB = value_OB @ hessian_BB
-        if scales.global_scale is not None:
-            whole = scales.global_scale.double()
-            value_OB, turned_OB = value_OB * whole, turned_OB * whole
-        gain_O, curve_O = torch.zeros_like(value_OB[:, 0]), torch.zeros_like(value_OB[:, 0])
+        turned_BO = hessian_BB.T @ value_BO
+        if self.scales.global_scale is not None:
+            whole = self.scales.global_scale.double()
+            value_BO, turned_BO = value_BO * whole, turned_BO * whole
+        gain_O, curve_O = torch.zeros_like(value_BO[0]), torch.zeros_like(value_BO[0])
         for place in range(stop - start):
-            gain_O += pull_OB[:, place] * value_OB[:, place]
-            curve_O += turned_OB[:, place] * value_OB[:, place]
-        old_O = scales.scale.reshape(-1).double()
+            gain_O += pull_BO[place] * value_BO[place]
+            curve_O += turned_BO[place] * value_BO[place]
+        old_O = self.scales.scale[:, 0, group, 0].double()
         wanted_O = old_O + torch.where(curve_O > 0, gain_O / curve_O, 0.0)
         new_O = self._stored(as_float32(wanted_O)).double()
         step_O = new_O - old_O
         is_better_O = (step_O * curve_O < 2 * gain_O) == (step_O > 0)
         is_better_O &= (curve_O > 0) & (step_O != 0) & (torch.sign(new_O) == torch.sign(old_O))
         new_O, step_O = torch.where(is_better_O, new_O, old_O), torch.where(is_better_O, step_O, 0)
-        group = start // self._columns
-        self.scales.scale[:, 0, group, 0] = new_O.float()  # type: ignore[union-attr]
-        pull_OB -= step_O[:, None] * turned_OB
+        self.scales.scale[:, 0, group, 0] = new_O.float()
+        pull_BO -= step_O * turned_BO
 
-    def _move_code(self, column: int, place: int, pull_OB: Tensor, hessian_BB: Tensor) -> None:
-        scales = self._scales_at(column)
-        code_O1 = self.codes_OI[:, column, None]
-        old_AR11 = to_tiles(code_O1, self._rows, 1)
-        old_O1 = from_tiles(decode_tiles(old_AR11, self._scheme, scales)).double()
-        wanted_O1 = old_O1 + pull_OB[:, place, None] / hessian_BB[place, place]
-        new_AR11 = encode_tiles(
-            to_tiles(as_float32(wanted_O1), self._rows, 1), self._scheme, scales
-        )
-        new_O1 = from_tiles(decode_tiles(new_AR11, self._scheme, scales)).double()
-        self.codes_OI[:, column, None] = from_tiles(new_AR11)
-        pull_OB -= (new_O1 - old_O1) * hessian_BB[place]
-
-    def _decoded(self, start: int, stop: int) -> Tensor:
-        """Values of a range of columns, float64."""
-        parts = []
-        for first, last in _within_tiles(start, stop, self._columns):
-            tiles = to_tiles(self.codes_OI[:, first:last], self._rows, last - first)
-            parts.append(from_tiles(decode_tiles(tiles, self._scheme, self._scales_at(first))))
-        return torch.cat(parts, 1).double()
+    def _decoded(self, start: int, stop: int, scales: Scales | None) -> Tensor:
+        """Values of a range of columns of one tile, float64."""
+        return decode_tiles(self.codes_IO[start:stop], self._scheme, scales).double()
 
     def _scales_at(self, column: int) -> Scales | None:
-        if self.scales is None:
-            return None
-        tile = column // self._columns
-        return self.scales.map(lambda value_A1G1: value_A1G1[:, :, tile : tile + 1])
+        return row_scales(self.scales, column // self._columns, self._rows)
 
     def _stored(self, scale_O: Tensor) -> Tensor:
         """Scales as their format holds them, with the signs that they have."""
@@ -188,10 +172,3 @@ class _Descent:
         else:
             stored_O = round_scale(size_O, self._scheme)
         return torch.where(scale_O < 0, -stored_O, stored_O)
-
-
-def _within_tiles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
-    while start < stop:
-        last = min(stop, (start // columns + 1) * columns)
-        yield start, last
-        start = last

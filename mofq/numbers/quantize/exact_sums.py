@@ -29,18 +29,18 @@ def to_22_bits(x: Tensor, dim: int) -> Tensor:
     return torch.round(x / unit) * unit
 
 
-def send(error_OB: Tensor, passed_BI: Tensor, *, into_OI: Tensor) -> None:
-    """Add what the errors of a batch of columns do to other columns.
+def send(error_BO: Tensor, passed_BI: Tensor, *, into_IO: Tensor) -> None:
+    """Add what the errors of a batch of columns do to other columns, each a line of its own.
 
     Args:
-        error_OB: float64, of at most `SUMMED` columns; rounded to 22 bits here.
+        error_BO: float64, of at most `SUMMED` columns; rounded to 22 bits here.
         passed_BI: What each of them passes on; every column in 22 bits.
-        into_OI: float64; is added to.
+        into_IO: float64; is added to.
     """
-    sent_OB = to_22_bits(error_OB, 1)
-    for first in range(0, into_OI.shape[1], _SENT_COLUMNS):
+    sent_BO = to_22_bits(error_BO, 0)
+    for first in range(0, len(into_IO), _SENT_COLUMNS):
         some = slice(first, first + _SENT_COLUMNS)
-        into_OI[:, some] += sent_OB @ passed_BI[:, some].double()
+        into_IO[some] += passed_BI[:, some].double().T @ sent_BO
 
 
 def as_float32(x: Tensor) -> Tensor:

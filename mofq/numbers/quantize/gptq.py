@@ -45,7 +45,7 @@ from mofq.numbers.quantize.descent import descend
 from mofq.numbers.quantize.exact_sums import SUMMED, as_float32, send, to_22_bits
 from mofq.numbers.quantize.scale_rules import tile_scales
 from mofq.numbers.quantize.scales import Scales, join_scales
-from mofq.numbers.quantize.tiles import decode_tiles, encode_tiles, from_tiles, to_tiles
+from mofq.numbers.quantize.tiles import decode_tiles, encode_tiles, row_scales, to_tiles
 from mofq.numbers.schemes import TensorScheme
 
 #: Share of the mean of the Hessian's diagonal that is added to it.
@@ -249,44 +249,46 @@ def round_with_feedback(
         scales of all tiles, or None where the scheme is unscaled.
     """
     rows, columns = min(tile[0], len(weight_OI)), tile[1]
-    adjusted_OI = weight_OI.double()
+    # Columns are lines here: each is worked on by itself.
+    weight_IO = weight_OI.T.double().contiguous()
+    adjusted_IO = weight_IO.clone()
     feedback = feedback.to(weight_OI.device)
     passed_II = feedback.passed_II
     cost_I = feedback.cost_I if scheme.scale_rule == "nats" else None
     codes: list[Tensor] = []
     found: list[Scales] = []
     scales: Scales | None = None
-    for start, stop in _batches(weight_OI.shape[1], columns):
-        errors = []
-        for column in range(start, stop):
+    for start, stop in _batches(len(weight_IO), columns):
+        error_BO = torch.empty_like(weight_IO[start:stop])
+        passed_BB = passed_II[start:stop, start:stop, None].double()
+        for place, column in enumerate(range(start, stop)):
             if column % columns == 0:
                 whole = slice(column, column + columns)
-                x_ARGK = to_tiles(as_float32(adjusted_OI[:, whole]), rows, columns)
+                x_OK = as_float32(adjusted_IO[whole]).T.contiguous()
                 weigh = None if cost_I is None else cost_I[whole].reshape(1, 1, 1, -1)
-                scales = tile_scales(x_ARGK, scheme, tensor_amax=amax, importance_ARGK=weigh)
-                found += [] if scales is None else [scales]
-            x_AR11 = to_tiles(as_float32(adjusted_OI[:, column, None]), rows, 1)
-            code_AR11 = encode_tiles(x_AR11, scheme, scales)
-            codes.append(from_tiles(code_AR11))
-            value_O1 = from_tiles(decode_tiles(code_AR11, scheme, scales))
-            errors.append(weight_OI[:, column, None].double() - value_O1)
-            later = slice(column + 1, stop)
+                tiles = tile_scales(
+                    to_tiles(x_OK, rows, columns), scheme, tensor_amax=amax, importance_ARGK=weigh
+                )
+                found += [] if tiles is None else [tiles]
+                scales = row_scales(tiles, 0, rows)
+            code_O = encode_tiles(as_float32(adjusted_IO[column]), scheme, scales)
+            codes.append(code_O)
+            error_BO[place] = weight_IO[column] - decode_tiles(code_O, scheme, scales)
             # Two operations and not a fused one, whose rounding is the machine's own affair.
-            adjusted_OI[:, later] += errors[-1] * passed_II[column, later].double()
-        later = slice(stop, None)
-        send(torch.cat(errors, 1), passed_II[start:stop, later], into_OI=adjusted_OI[:, later])
-    codes_OI, joined = torch.cat(codes, 1), join_scales(found, 2) if found else None
-    if scheme.rounding != "descent":
-        return codes_OI, joined
-    assert feedback.hessian_II is not None  # whoever asks for it had it kept
-    return descend(
-        weight_OI,
-        codes_OI,
-        joined,
-        scheme=scheme,
-        hessian_II=feedback.hessian_II,
-        tile=(rows, columns),
-    )
+            adjusted_IO[column + 1 : stop] += passed_BB[place, place + 1 :] * error_BO[place]
+        send(error_BO, passed_II[start:stop, stop:], into_IO=adjusted_IO[stop:])
+    codes_IO, joined = torch.stack(codes), join_scales(found, 2) if found else None
+    if scheme.rounding == "descent":
+        assert feedback.hessian_II is not None  # whoever asks for it had it kept
+        codes_IO, joined = descend(
+            weight_IO,
+            codes_IO,
+            joined,
+            scheme=scheme,
+            hessian_II=feedback.hessian_II,
+            tile=(rows, columns),
+        )
+    return codes_IO.T.contiguous(), joined
 
 
 def _batches(in_features: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -46,6 +46,7 @@ six: arXiv:2512.02010, by the squared error, 6 where both are equal.
 from __future__ import annotations
 
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ _CLIPS = (
     *(percent / 100 for percent in range(64, 22, -6)),
 )
 _STORED_CODES = 16
+#: Numbers that several candidates are tried on at once: with few, what a step costs is the call.
+_TOGETHER_ELEMENTS = 2**16
 _FP4_CODES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
 _STRETCHES = tuple(part / 24 for part in range(48, 11, -1) if part != 24)
 
@@ -147,16 +150,23 @@ def search_scales(
 
     if torch.compiler.is_compiling():
         # One loop over the candidates that the compiler writes, and not one for each of them.
-        error = error_of(candidates)
-        place = torch.arange(len(error), device=error.device).view(-1, 1, 1, 1, 1)
-        is_least = error == torch.amin(error, 0, keepdim=True)
-        return _pick(candidates, torch.amin(torch.where(is_least, place, len(error)), 0))
+        return _pick(candidates, _first_least(error_of(candidates))[0])
     best = torch.zeros_like(amax, dtype=torch.int64)
-    least = error_of(_pick(candidates, best))
-    for c in range(1, len(candidates.scale)):
-        error = error_of(_pick(candidates, torch.full_like(best, c)))
-        best, least = torch.where(error < least, c, best), torch.minimum(error, least)
+    least = torch.full_like(amax, torch.inf, dtype=torch.float64)
+    together = max(1, _TOGETHER_ELEMENTS // x_ARGK.numel())
+    for first in range(0, len(candidates.scale), together):
+        some = candidates.map(itemgetter(slice(first, first + together)))
+        place, error = _first_least(error_of(some))
+        best, least = torch.where(error < least, first + place, best), torch.minimum(error, least)
     return _pick(candidates, best)
+
+
+def _first_least(error_CA1G1: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the smallest error of each tile stands first, and the error."""
+    least = torch.amin(error_CA1G1, 0, keepdim=True)
+    count = len(error_CA1G1)
+    place = torch.arange(count, device=least.device).view(-1, 1, 1, 1, 1)
+    return torch.amin(torch.where(error_CA1G1 == least, place, count), 0), least[0]
 
 
 def _pick(candidates: Scales, place_A1G1: Tensor) -> Scales:

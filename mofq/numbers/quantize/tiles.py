@@ -96,6 +96,20 @@ def from_tiles(x_ARGK: Tensor) -> Tensor:
     return x_ARGK.reshape(a * r, g * k)
 
 
+def row_scales(scales: Scales | None, tile: int, rows: int) -> Scales | None:
+    """What each row is multiplied by within one of the tiles that lie beside each other, [O].
+
+    Args:
+        scales: Of all tiles.
+        tile: Which.
+        rows: Of a tile.
+    """
+    if scales is None:
+        return None
+    of_tile = Scales(scales.multiplier, scales.zero_point, None)
+    return of_tile.map(lambda value_A1G1: value_A1G1[:, 0, tile].expand(-1, rows).reshape(-1))
+
+
 def encode_tiles(x_ARGK: Tensor, scheme: TensorScheme, scales: Scales | None) -> Tensor:
     """Codes of all elements.
 
