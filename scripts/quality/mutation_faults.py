@@ -266,8 +266,8 @@ _NUMBERS = (
     ),
     Fault(
         "fitted codes: an error is passed on twice within a batch",
-        "later = slice(column + 1, stop)",
-        "later = slice(column + 1, None)",
+        "adjusted_IO[column + 1 : stop] += passed_BB[place, place + 1 :] *",
+        "adjusted_IO[column + 1 :] += passed_II[column, column + 1 :, None].double() *",
         "quantize_feedback",
     ),
     Fault(
