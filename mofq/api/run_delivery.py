@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from mofq.delivery.validation import Validation
     from mofq.evidence.table import Table
 
-#: Steps of tuning.
-_STEPS = {"normal": 32, "best": 128}
-#: Predicted KL [nats per token] below which `normal` leaves what it takes
+#: Steps of tuning with the effort `best`.
+_BEST_STEPS = 128
+#: And with `normal`, from a predicted KL [nats per token] on: the more is lost, the more they gain
 #: (docs/rounding-and-rewrites.md).
-_LEAST_TUNED = 0.005
+_NORMAL_STEPS = {0.05: 32, 0.005: 8}
+_LEAST_TUNED = min(_NORMAL_STEPS)
 #: What a recipe notes of the request, beside its budget.
 _ASKED = (
     "engine",
@@ -173,7 +174,7 @@ def tune_where_it_helps(
             run.windows,
             base=Base(open_checkpoint(subject.model), subject.stats),
             plan=run.plan,
-            steps=_STEPS[run.options.effort],
+            steps=_steps(run.options.effort, recipe.kl_nats_per_token),
             device=run.options.running.device,
             is_streamed=_is_streamed(run),
             work=files.folder / ".tuning",
@@ -197,7 +198,8 @@ def tune_where_it_helps(
 def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
     """Why a recipe is not tuned in a run; None where they are."""
     asked, kl = run.options, recipe.kl_nats_per_token
-    if asked.effort != "best" and kl is not None and kl < _LEAST_TUNED:
+    steps = _steps(asked.effort, kl)
+    if not steps:
         return (
             f"{kl:.2g} nats per token are predicted, and of less than {_LEAST_TUNED:g} there is "
             f"little to gain for its time"
@@ -210,11 +212,18 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
         return f"{option('execution', 'spread')} spreads the model"
     if asked.effort != "best" and (asked.no_stats or _is_streamed(run)):
         return (
-            f"the model is run layer by layer, and {_STEPS[asked.effort]} steps would read and "
-            f"quantize all of it {2 * _STEPS[asked.effort]} times. {option('effort', 'best')} "
-            f"tunes it nevertheless, and so does `mofq tune` with the recipe that is written"
+            f"the model is run layer by layer, and {steps} steps would read and quantize all of "
+            f"it {2 * steps} times. {option('effort', 'best')} tunes it nevertheless, and so does "
+            f"`mofq tune` with the recipe that is written"
         )
     return None
+
+
+def _steps(effort: str, kl: float | None) -> int:
+    """Steps of tuning that pay, by the predicted KL [nats per token]; 0 where none do."""
+    if effort == "best":
+        return _BEST_STEPS
+    return next((steps for least, steps in _NORMAL_STEPS.items() if kl is None or kl >= least), 0)
 
 
 def _is_streamed(run: CheckedRun) -> bool:

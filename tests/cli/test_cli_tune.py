@@ -204,10 +204,18 @@ def test_a_run_layer_by_layer_tunes_at_its_best_and_says_what_would_else(
     normal = ok(*run, *small, "-o", tmp_path / "normal")
     assert "32 steps would read and quantize all of it 64 times. --effort best" in normal.err
     assert package.load_recipe(tmp_path / "normal" / "recipe.yaml").tuning is None
-    monkeypatch.setitem(run_delivery._STEPS, "best", 1)
+    monkeypatch.setattr(run_delivery, "_BEST_STEPS", 1)
     best = ok(*run, *small, "--effort", "best", "-o", tmp_path / "best")
     assert f"GB are kept in {tmp_path / 'best' / '.tuning'}" in best.err
     assert not (tmp_path / "best" / ".tuning").exists()
+
+
+@pytest.mark.parametrize(
+    ("kl", "steps"), [(None, 32), (0.05, 32), (0.049, 8), (0.005, 8), (0.0049, 0)]
+)
+def test_normal_makes_more_steps_where_more_is_lost(kl: float | None, steps: int) -> None:
+    assert run_delivery._steps("normal", kl) == steps
+    assert run_delivery._steps("best", kl) == 128
 
 
 @pytest.mark.long
