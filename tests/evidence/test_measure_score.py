@@ -172,10 +172,10 @@ def assert_scores(found: LayerScore, corpus: str, expected: Expected) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 rows, the last one of 8, and outer products of 3 rows and 2 chunks at a time."""
+    """Blocks of 16 rows, the last one of 8, and outer products of 3 rows and a chunk at a time."""
     monkeypatch.setattr(prepared, "_BLOCK_ELEMENTS", 16 * IN)
-    monkeypatch.setattr(prepared, "_BLOCK_ROWS", 8)
-    monkeypatch.setattr(scoring, "_GRADIENT_BYTES", 1)
+    monkeypatch.setattr(prepared, "_DELTA_BLOCK_ROWS", 8)
+    monkeypatch.setattr(scoring, "_RUN_BYTES", 1)
     monkeypatch.setattr(scoring, "_ROWS", 3)
 
 

@@ -20,13 +20,15 @@ from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, TensorScheme
 
-#: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`.
+#: Elements of a block of rows, unless those were fewer rows than `_DELTA_BLOCK_ROWS`.
 _BLOCK_ELEMENTS = 2**18
 #: The same where a block's rounding errors themselves are not kept.
 _SUMS_BLOCK_ELEMENTS = 2**20
 #: The same on a GPU, which has less to do between two launches of a kernel.
 _GPU_BLOCK_ELEMENTS = 2**24
-_BLOCK_ROWS = 64
+#: Rows of a block at least, and where its rounding errors are multiplied out: a product of fewer
+#: rows is slower for each.
+_BLOCK_ROWS, _DELTA_BLOCK_ROWS = 64, 128
 #: At least, where rounding goes column by column: one step costs about the same for any rows.
 _FEEDBACK_ROWS = 1024
 #: The same on a GPU: all rows of most layers.
@@ -190,7 +192,8 @@ def _blocks(
     if any(weight.rounds_by_hessian for weight in weights):
         rows = _FEEDBACK_ROWS if device == "cpu" else _GPU_FEEDBACK_ROWS
         elements = max(elements, rows * in_features)
-    unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
+    least = _DELTA_BLOCK_ROWS if needs_deltas else _BLOCK_ROWS
+    unit = math.lcm(least, tile_rows(weights))
     return tuple(row_blocks(out_features, in_features, elements=elements, tile_rows=unit))
 
 

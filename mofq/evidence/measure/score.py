@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,11 +56,12 @@ from mofq.numbers.quantize import fake_quantize_weight
 from mofq.numbers.quantize.rounding_errors import is_candidate, sum_squares, to_bands
 from mofq.numbers.schemes import TensorScheme
 
-#: Outer products of gradients and inputs held at once, and as much of the inputs [bytes].
-_GRADIENT_BYTES = 16_000_000
-#: Rows of them at once.
-_ROWS = 64
-#: The same on a GPU, where they need not fit a cache and a product of few rows fills nothing.
+#: Inputs of neighbouring tokens that are multiplied out at once, float32 [bytes], in whole chunks.
+#: A constant of the numerics, as a chunk is.
+_RUN_BYTES = 32_000_000
+#: Rows of outer products of gradients and inputs at once.
+_ROWS = 128
+#: Such products, and as much of inputs, held at once on a GPU [bytes].
 _GPU_GRADIENT_BYTES = 1_000_000_000
 
 
@@ -217,19 +218,20 @@ def _corpus_sums(
         activation: [i for i in some if schemes[i].weight is not None]
         for activation, some in columns.items()
     }
-    delta_SRI = {
-        activation: delta_WRI[[layer.weights.index(schemes[i].weight) for i in some]]
+    factors_SRI = {  # rounding errors, and last the weights themselves
+        activation: torch.cat(
+            [
+                delta_WRI[[layer.weights.index(schemes[i].weight) for i in some]],
+                weight_RI[None],
+            ]
+        )
         for activation, some in weighted.items()
         if some
-    }
-    factors_SRI = {
-        activation: torch.cat([some, weight_RI[None]]) for activation, some in delta_SRI.items()
     }
     projected, changes = _over_tokens(inputs, grad_MCR, weight_RI, factors_SRI)
     lookup, looked_up_RNS = inputs.lookup, None
     if lookup is not None and None in factors_SRI:
         looked_up_RNS = project_lookups(lookup, factors_SRI[None], start=start)
-    del factors_SRI
     for activation, some in columns.items():
         change_MCR = changes.get(activation)
         if change_MCR is not None:
@@ -237,14 +239,14 @@ def _corpus_sums(
             token_AMC[layer.activations.index(activation)] = token_MC
             alone = [i for i in some if schemes[i].weight is None]
             output_S[alone] = _mean_squares(change_MCR.flatten(0, 1)[inputs.sample_T, None])
-        if activation in delta_SRI:
+        if activation in factors_SRI:
             whole_RNS = projected[activation].unflatten(1, (inputs.sequences, -1)).sum(2)
             if looked_up_RNS is not None:
                 whole_RNS += looked_up_RNS
             found_NS = whole_RNS.square().sum(0, dtype=torch.float64)
             row_NS[:, weighted[activation]] = found_NS[:, :-1]
             size_NS[:, weighted[activation]] = found_NS[:, -1:]
-            deltas_SRI = delta_SRI.pop(activation)
+            deltas_SRI = factors_SRI.pop(activation)[:-1]
             if lookup is not None and not len(inputs.sample_T):
                 output_S[weighted[activation]] = lookup_errors(lookup, deltas_SRI, start=start)
             else:
@@ -260,64 +262,65 @@ def _over_tokens(
     weight_RI: Tensor,
     factors_SRI: Mapping[TensorScheme | None, Tensor],
 ) -> tuple[dict[TensorScheme | None, Tensor], dict[TensorScheme | None, Tensor]]:
-    """What takes all tokens, a few chunks of them after another.
+    """What takes all tokens, a run of neighbouring chunks after another.
 
     Returns:
-        Rows times the outer products of gradients and inputs, [R, M, S], under each activation
-        scheme that rows are given for; and the change of the outputs under each, [M, C, R].
+        Rows times the outer products of gradients and inputs over each of U runs, [R, U, S], under
+        each activation scheme that rows are given for; and the change of the outputs under each,
+        [M, C, R].
     """
-    gradient_MRC = grad_MCR.transpose(1, 2)
     chunks, tokens, rows = grad_MCR.shape
     channels, new = weight_RI.shape[1], weight_RI.new_empty
-    held_bytes = _GRADIENT_BYTES if weight_RI.device.type == "cpu" else _GPU_GRADIENT_BYTES
-    rows_at_once = min(rows, _ROWS)
-    at_once = min(chunks, max(2, held_bytes // (4 * channels * max(tokens, rows_at_once))) + 1)
-    plain_MCI, other_MCI = (new(at_once, tokens, channels) for _ in range(2))
+    run = _run_chunks(chunks // inputs.sequences, 4 * tokens * channels)
+    runs, rows_at_once = chunks // run, min(rows, _ROWS)
+    at_once = 1  # so that all runs are multiplied alike, however many there are
+    if weight_RI.device.type != "cpu":
+        held_bytes = 4 * channels * max(run * tokens, rows_at_once)
+        at_once = min(runs, max(1, _GPU_GRADIENT_BYTES // held_bytes))
+    plain_MCI, other_MCI = (new(at_once * run, tokens, channels) for _ in range(2))
     outer = new(at_once * rows_at_once * channels)
-    projected = {key: new(rows, chunks, len(some)) for key, some in factors_SRI.items()}
+    gradient_URT = grad_MCR.reshape(runs, run * tokens, rows).transpose(1, 2)
+    projected = {key: new(rows, runs, len(some)) for key, some in factors_SRI.items()}
     changes: dict[TensorScheme | None, Tensor] = {
         key: new(chunks, tokens, rows) for key in inputs.x if key is not None
     }
-    for start, stop in _ranges(chunks, at_once - 1):
+    for first in range(0, runs, at_once):
+        some = slice(first, min(first + at_once, runs))
+        start, stop = first * run, some.stop * run
         plain = inputs.x[None].chunks(start, stop, out=plain_MCI)
         for activation, stored in inputs.x.items():
             x_MCI = plain if activation is None else stored.chunks(start, stop, out=other_MCI)
             if activation in projected:
-                projected[activation][:, start:stop] = _project(
-                    x_MCI, gradient_MRC[start:stop], factors_SRI[activation], outer
+                projected[activation][:, some] = _project(
+                    x_MCI.view(-1, run * tokens, channels),
+                    gradient_URT[some],
+                    factors_SRI[activation],
+                    outer,
                 )
             if activation is not None:
                 changes[activation][start:stop] = x_MCI.sub_(plain) @ weight_RI.T
     return projected, changes
 
 
-def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
-    """Ranges of about a number: never of one where there are more.
-
-    What a product of matrices gives for a row is the same whatever the other rows, but for a row
-    alone, which is a sum of another order.
-    """
-    start = 0
-    while start < count:
-        stop = min(start + step, count)
-        stop += count - stop == 1
-        yield start, stop
-        start = stop
+def _run_chunks(chunks: int, chunk_bytes: int) -> int:
+    """Chunks of a run: of those of a sequence, a divisor, so that all runs are as long."""
+    most = min(chunks, max(1, _RUN_BYTES // max(1, chunk_bytes)))
+    return next(run for run in range(most, 0, -1) if chunks % run == 0)
 
 
-def _project(x_MCI: Tensor, gradient_MRC: Tensor, factors_SRI: Tensor, outer: Tensor) -> Tensor:
-    """Rows times the outer products of gradients and inputs, [R, M, S].
+def _project(x_UTI: Tensor, gradient_URT: Tensor, factors_SRI: Tensor, outer: Tensor) -> Tensor:
+    """Rows times the outer products of gradients and inputs over U runs of tokens, [R, U, S].
 
     The outer products of some rows at once are written to ``outer``.
     """
     factors_RIS = factors_SRI.permute(1, 2, 0)
     parts = []
     for start in range(0, len(factors_RIS), _ROWS):
-        some_MRC = gradient_MRC[:, start : start + _ROWS]
-        shape = (*some_MRC.shape[:2], x_MCI.shape[2])
-        outer_MRI = outer[: math.prod(shape)].view(shape)
-        torch.bmm(some_MRC, x_MCI, out=outer_MRI)
-        parts.append(torch.bmm(outer_MRI.transpose(0, 1), factors_RIS[start : start + _ROWS]))
+        some_URT = gradient_URT[:, start : start + _ROWS]
+        shape = (*some_URT.shape[:2], x_UTI.shape[2])
+        outer_URI = outer[: math.prod(shape)].view(shape)
+        torch.bmm(some_URT, x_UTI, out=outer_URI)
+        parts.append(torch.bmm(outer_URI.transpose(0, 1), factors_RIS[start : start + _ROWS]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
