@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -19,7 +22,11 @@ from mofq.model.loading import load_model
 from mofq.model.streaming.execution import choose_execution, free_bytes, model_bytes
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import open_streamed
-from mofq.model.streaming.weights import has_values, open_unit_weights
+from mofq.model.streaming.weights import (
+    give_back_freed_memory,
+    has_values,
+    open_unit_weights,
+)
 
 TOKENS = some_tokens(2, 24, vocabulary=200)
 #: Types that share keys, feed embeddings to every layer, mix kinds of layers, or run one twice.
@@ -133,3 +140,34 @@ def test_a_layer_that_returns_an_object_is_refused(tiny_llama: Path, tmp_path: P
         patch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward", forward)
         with pytest.raises(StreamingError, match=r"layers.0 returns an object of class object"):
             streamed_logits(tiny_llama, tmp_path)
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library that has no heaps to trim"
+)
+def test_what_other_threads_freed_is_given_back() -> None:
+    """As transformers' loader reads experts: tensors of 8 MB, each before one that stays."""
+    kept: list[torch.Tensor] = []
+
+    def read() -> None:
+        experts = []
+        for _ in range(12):
+            experts.append(torch.ones(2**21))
+            kept.append(torch.ones(8))
+
+    torch.ones(2**22).sum()  # is freed: from here on glibc has such tensors in its heaps
+    threads = [Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    freed = _anonymous_megabytes()
+    give_back_freed_memory()
+    assert freed - _anonymous_megabytes() > 200
+    assert len(kept) == 36
+
+
+def _anonymous_megabytes() -> float:
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1e3

@@ -8,6 +8,7 @@ lies in lists of modules (decoder layers, of every tower), embeddings, and the h
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,8 @@ from mofq.numbers.quantize.tiles import row_blocks
 
 #: Of two tensors that may be copies, compared at once.
 _COMPARED_ELEMENTS = 2**24
+#: Weights of a unit from which on it pays to give back what was freed on the way to them.
+_TRIMMED_BYTES = 2**28
 
 Readers = Mapping[str, Callable[[], Tensor]]
 
@@ -159,6 +162,8 @@ class UnitWeights:
         found = {name: _get(self._shadow, source) for name, source in sources.items()}
         for source, tensor in before.items():
             _put(self._shadow, source, tensor)
+        if sum(tensor.nbytes for tensor in found.values()) >= _TRIMMED_BYTES:
+            give_back_freed_memory()
         return self._send({name: one.detach() for name, one in found.items()})
 
     def _send(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,6 +178,17 @@ class UnitWeights:
         # Here, in the reading thread: whoever takes the tensors need not wait for the stream.
         self._stream.synchronize()
         return sent
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give the system what is free in its heaps, where it can be asked to.
+
+    The experts of a mixture are read one by one, on threads of transformers' loader, and fused:
+    what they were read into is freed, and glibc keeps it, as much as a decoder layer of 5 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def open_unit_weights(
