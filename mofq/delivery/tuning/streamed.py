@@ -303,8 +303,10 @@ class Streamed:
 
     def _is_done(self, gradients: Sequence[Gradients], step: int, unit: str, number: int) -> bool:
         """Whether a step was run backward, and its unit has moved."""
-        return all(one.has(step) for one in gradients) and (
-            not self.states.is_learned(unit) or self.states.steps(unit) > number
+        return (
+            all(one.has(step) for one in gradients)
+            and self._outside(gradients, step).exists()
+            and (not self.states.is_learned(unit) or self.states.steps(unit) > number)
         )
 
     def _outside(self, gradients: Sequence[Gradients], step: int) -> Path:
@@ -393,8 +395,7 @@ class _Turn:
             one.grad = None
             one.requires_grad_(False)
         found = {n.path: g for n in self.outside.norms if (g := grads[n.path]) is not None}
-        if found:
-            write_tensors(outside, list(found), list(found.values()))
+        write_tensors(outside, list(found), list(found.values()))  # its being there says: all sent
         if not self.state.norms and not self.state.codes:
             return
         for norm in self.state.norms:
