@@ -176,7 +176,7 @@ def tune_where_it_helps(
             steps=_STEPS[run.options.effort],
             device=run.options.running.device,
             is_streamed=_is_streamed(run),
-            work=files.folder / ".tuning",
+            work=files.tuning,
             progress=run.options.progress,
             tell=tell,
         )
@@ -186,8 +186,6 @@ def tune_where_it_helps(
     except MofqError as error:  # what is wrong with the recipe itself, its validation says
         tell(Remark(f"The recipe is not tuned: {error.template}"))
         return recipe
-    if found.note:
-        tell(Remark(found.note))
     if not found.helps:
         tell(f"The recipe is not tuned: it would have KL {found.tuning.gain}.")
         return recipe

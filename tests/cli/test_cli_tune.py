@@ -10,6 +10,7 @@ from command_line import DEMO, mofq, ok, refused, tree
 import mofq as package
 from mofq.api import Budget, Excerpts, Windows, run_delivery, tune
 from mofq.demo import demo_mixture_folder
+from mofq.exceptions import MofqError
 
 ON = ("--corpus", "en=demo-en-calibration", "--sequence-length", "64")
 
@@ -54,13 +55,24 @@ def test_validate_and_diff_say_that_norms_are_tuned(folder: Path) -> None:
 def test_a_model_that_does_not_fit_is_tuned_layer_by_layer_with_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mofq.model.streaming.execution.free_bytes", lambda _: 10**6)
-    ran = ok(
+    asked = (
         *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "32", "--steps", "8"),
         *("-o", tmp_path / "tuned.yaml"),
     )
+
+    def fail(*_: object) -> None:
+        raise MofqError("no space left")
+
+    monkeypatch.setattr("mofq.model.streaming.execution.free_bytes", lambda _: 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr("mofq.decision.recipe.write_recipe", fail)
+        ran = mofq(*asked)
     assert "it is run layer by layer (--execution streamed)" in ran.err
     assert f"GB are kept in {tmp_path / '.tuned.yaml.streamed'}" in ran.err
+    assert "no space left" in ran.err
+    # What could not be written is not lost.
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.tune_model", None)
+    ok(*asked)
     assert tree(tmp_path) == {
         name: content for name, content in tree(folder).items() if name.startswith("tuned")
     }
