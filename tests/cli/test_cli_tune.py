@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from command_line import DEMO, mofq, ok, refused, tree
@@ -139,8 +140,23 @@ def test_where_nothing_is_gained_the_recipe_is_written_as_it_was(
         *("tune", DEMO, tmp_path / "plain.yaml", *ON, "--sequences", "12", "--steps", "1"),
         *("-o", tmp_path / "tuned.yaml"),
     )
-    assert "the recipe as it was" in ran.err
+    assert "the recipe as it was. Tuned it has KL 0 to 0 nats per token, 0.0 ± 0.0 %" in ran.err
     assert (tmp_path / "tuned.yaml").read_bytes() == (tmp_path / "plain.yaml").read_bytes()
+
+
+def test_what_a_recipe_was_tuned_to_before_stays_and_is_told(folder: Path, tmp_path: Path) -> None:
+    copytree(folder, tmp_path, dirs_exist_ok=True)
+    before = package.load_recipe(tmp_path / "tuned.yaml").tuning
+    assert before is not None
+    ran = ok(
+        *("tune", DEMO, tmp_path / "plain.yaml", *ON, "--sequences", "32", "--steps", "4"),
+        *("-o", tmp_path / "tuned.yaml"),
+    )
+    assert f"{tmp_path / before.file}: what the recipe before was tuned to. It stays" in ran.err
+    assert (tmp_path / before.file).is_file()
+    after = package.load_recipe(tmp_path / "tuned.yaml").tuning
+    assert after is not None
+    assert after.file != before.file
 
 
 def test_a_recipe_that_is_tuned_is_refused(folder: Path, tmp_path: Path) -> None:

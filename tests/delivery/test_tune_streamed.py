@@ -171,6 +171,7 @@ def test_a_tuning_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work = tmp_path / ".recipe.yaml.streamed"
+    work.symlink_to(tmp_path / "another disk")
     whole = tune(tiny("llama"), steps=2)
     for place in places:
         with stopped_at(place, monkeypatch):

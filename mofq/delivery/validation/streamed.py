@@ -535,7 +535,7 @@ def work_folder(work: Path | None, asked: object, *, stays: bool = False) -> Ite
         with tempfile.TemporaryDirectory(prefix="mofq-") as temporary:
             yield Path(temporary)
         return
-    text = json.dumps(asked, sort_keys=True)
+    text, work = json.dumps(asked, sort_keys=True), work.resolve()  # it may be a link to a disk
     folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     with hold_folder(work, partial(_busy, work)):
@@ -550,7 +550,7 @@ def work_folder(work: Path | None, asked: object, *, stays: bool = False) -> Ite
 
 def drop_unfinished(work: Path) -> None:
     """Delete what a run kept between layers or found by them, unless one goes on there."""
-    if work.is_dir():
+    if (work := work.resolve()).is_dir():
         with suppress(MofqError), hold_folder(work, partial(_busy, work)):
             shutil.rmtree(work, ignore_errors=True)
 
