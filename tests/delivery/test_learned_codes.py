@@ -392,10 +392,11 @@ def test_a_file_of_unknown_dtypes_is_refused(dtype: str, found: TunedRecipe, mod
         learned_codes(recipe, find_recipe_layers(open_checkpoint(str(model)), recipe))
 
 
-def test_without_memory_for_codes_norms_alone_are_tuned(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "found"), [("free_bytes", 1000), ("pass_bytes", 10**15)])
+def test_without_memory_for_codes_beside_a_pass_norms_alone_are_tuned(
+    kind: str, found: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.free_bytes", lambda device: 1000)
+    monkeypatch.setattr(f"mofq.delivery.tuning.tune_recipe.{kind}", lambda *_: found)
     told: list[str] = []
     assert tune(model, steps=1, tell=told.append).tuning.layers == 0
     assert "GB of memory beside the model" in told[0]
@@ -453,6 +454,7 @@ def test_experts_are_left_as_they_are_where_only_they_do_not_fit(
     folder = tiny("qwen3_moe")
     layers = find_layers(open_checkpoint(str(folder)))
     weights = sum(one.weights for one in layers.grouped_layers if not is_expert(one))
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.pass_bytes", lambda *_: 0)
     monkeypatch.setattr(
         "mofq.delivery.tuning.tune_recipe.free_bytes", lambda _: int(9 * weights / 0.79)
     )

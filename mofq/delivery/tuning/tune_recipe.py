@@ -50,9 +50,9 @@ from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model
-from mofq.model.streaming.execution import free_bytes
+from mofq.model.streaming.execution import free_bytes, pass_bytes
 
-#: Of the memory that is free: the rest is for what a pass keeps.
+#: Of the memory that is free, and no less than a pass takes is left.
 _OF_FREE = 0.8
 #: Fewer sequences that judge say nothing.
 _FEWEST_HELD_OUT = 3
@@ -221,7 +221,7 @@ def _resident(stack: ExitStack, asked: _Asked) -> Tunable:
     model = load_model(checkpoint.folder, dtype=asked.plan.dtype, device=device)
     apply_recipe(model, recipe, checkpoint=checkpoint, stats=stats, progress=progress)
     norms = find_norms(model, checkpoint, layers.architecture)
-    room = _find_room(layers, recipe, device) if asked.codes else _Room(codes=False)
+    room = _find_room(asked) if asked.codes else _Room(codes=False)
     if room.note and asked.tell is not None:
         asked.tell(Remark(room.note))
     learned: list[LearnedCodes] = []
@@ -259,18 +259,23 @@ class _Room:
     note: str | None = None  #: why not all
 
 
-def _find_room(layers: ModelLayers, recipe: Recipe, device: str) -> _Room:
+def _find_room(asked: _Asked) -> _Room:
     """What can be learned beside a model that is in memory: all, all but experts, or nothing."""
+    layers, recipe, device = asked.layers, asked.recipe, asked.device
     needed = learning_bytes(recipe, layers)
     without = learning_bytes(recipe, layers, experts=False)
     free = free_bytes(device)
-    if free is None or needed <= _OF_FREE * free:
+    if free is None:
+        return _Room(codes=True)
+    passes = pass_bytes(asked.base.checkpoint, layers, asked.plan.sequence_length) // 2
+    left = min(_OF_FREE * free, free - passes)
+    if needed <= left:
         return _Room(codes=True)
     takes = (
-        f"that takes {needed / 1e9:.3g} GB of memory beside the model, and {free / 1e9:.3g} GB "
-        f"are free on {device}"
+        f"that takes {needed / 1e9:.3g} GB of memory beside the model, a sequence "
+        f"{passes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on {device}"
     )
-    if 0 < without <= _OF_FREE * free:
+    if 0 < without <= left:
         return _Room(codes=True, experts=False, note=f"No codes of experts are learned: {takes}.")
     return _Room(codes=False, note=f"No codes are learned: {takes}.")
 
