@@ -176,7 +176,12 @@ def test_a_tuning_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     for place in places:
         with stopped_at(place, monkeypatch):
             tune(tiny("llama"), steps=2, is_streamed=True, work=work)
-    again = tune(tiny("llama"), steps=2, is_streamed=True, work=work)
+    told: list[tuple[str, int, int]] = []
+    again = tune(
+        tiny("llama"), steps=2, is_streamed=True, work=work, progress=lambda *one: told.append(one)
+    )
+    stage, done, total = told[-1]
+    assert (stage, done) == ("tune", total)
     assert again == whole
     assert again.recipe.tuned == whole.recipe.tuned
     # That alone is left, until whoever asked has written it.

@@ -198,7 +198,13 @@ class Streamed:
                     f"{unit} runs more than once for a token, and is learned once for all"
                 )
             seen.add(unit)
+        self.tell()
         return step
+
+    def _tell_passes(self, count: int) -> None:
+        """Of what was done before."""
+        for _ in range(count * len(self.base.weights.units)):
+            self.tell()
 
     @contextmanager
     def _heads(self, *, times: int) -> Iterator[_Turn]:
@@ -230,7 +236,9 @@ class Streamed:
                     score = score_window(reference_TV, logits_TV, sequence.token_T)
                     found.append(score.kl_nats / windows_NT.shape[1])
             write_beside_and_rename(path, json.dumps(found))
-            shutil.rmtree(self.folder / when)
+        else:
+            self._tell_passes(1)
+        shutil.rmtree(self.folder / when, ignore_errors=True)
         return torch.tensor(json.loads(path.read_text("utf-8")), dtype=torch.float64)
 
     def step(self, number: int, indices: Sequence[int]) -> None:
@@ -241,11 +249,14 @@ class Streamed:
             head = self._forward(sequences, for_gradients=True)
             gradients = [Gradients(one) for one in sequences]
             self._send_from_head(gradients, indices, head, number)
+            self.tell()
             for step in range(head - 1, -1, -1):
                 self._send(gradients, step, head, number)
                 self.tell()
             self._end_outside(name, head, number)
             self.states.end_step(number)
+        else:
+            self._tell_passes(2)
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _send_from_head(
