@@ -308,21 +308,14 @@ def chosen_execution(
     free: Callable[[str], int | None] | None = None,
 ) -> Chosen:
     """Whether the model is run whole, forward and backward; the rest as `choose_execution`."""
-    from mofq.model.streaming.execution import choose_execution
+    from mofq.model.streaming.execution import choose_execution, pass_bytes
 
-    config = checkpoint.config
-    text_config = config.get("text_config")
-    inner = text_config if isinstance(text_config, dict) else config
-    vocabulary = int(inner.get("vocab_size") or config.get("vocab_size") or 0)
-    # What autograd keeps of layers that every token visits, and logits with their gradient.
-    dense = [layer for layer in layers.grouped_layers if layer.expert is None]
-    numbers = sum(2 * (layer.in_features + layer.out_features) for layer in dense) + 4 * vocabulary
     return choose_execution(
         execution,
         checkpoint,
         dtype=plan.dtype,
         device=device,
-        more_bytes=4 * plan.sequence_length * numbers,
+        more_bytes=pass_bytes(checkpoint, layers, plan.sequence_length),
         unless=unless,
         free=free,
     )

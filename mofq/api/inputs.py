@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mofq.model.checkpoint.headers import Checkpoint
     from mofq.model.layers import ModelLayers
 
+#: In the text of a recipe, the file of what it was tuned to.
+_NAMES_TUNED = rb"(?m)^  file: (tuned-[0-9a-f]{16}\.\w+)$"
+
 
 def open_table(table: Table | str | Path, tell: Tell) -> Table:
     """Read a table; tell where its errors are not what this mofq would measure.
@@ -92,16 +95,24 @@ def open_recipe(recipe: Recipe | str | Path) -> Recipe:
 def save_recipe(recipe: Recipe, path: Path, tell: Tell) -> None:
     """Write a recipe; tell where it takes the place of another one, which may be edited by hand.
 
+    What that was tuned to stays: a copy of it elsewhere may need the file yet, which takes long.
+
     Raises:
         RecipeError: The recipe would not be read back as it is.
         MofqError: The file cannot be written.
     """
     from mofq.decision.recipe import recipe_text, write_recipe
 
-    replaces = path.is_file() and path.read_bytes() != recipe_text(recipe).encode()
+    before, text = path.read_bytes() if path.is_file() else b"", recipe_text(recipe)
     write_recipe(recipe, path)
-    if replaces:
+    if before and before != text.encode():
         tell(f"{path}: replaces what was in this file.")
+    named = re.search(_NAMES_TUNED, before)
+    if named and named[1].decode() not in text and (path.parent / named[1].decode()).is_file():
+        tell(
+            f"{path.parent / named[1].decode()}: what the recipe before was tuned to. It stays; "
+            f"delete it where no other recipe names it."
+        )
 
 
 def load_named(source: str) -> Corpus:

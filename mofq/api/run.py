@@ -284,6 +284,10 @@ def _run(run: CheckedRun, files: RunFiles) -> RunResult:
             exported = export_recipe(asked, files, candidates[name], subject, validations[name])
     # Last, when all is well: a run that fails leaves the folder as it was.
     write_results(files, candidates[name], validations, chosen=name)
+    if "tune" in timed.seconds:
+        from mofq.delivery.validation.streamed import drop_unfinished
+
+        drop_unfinished(files.tuning)
     return RunResult(
         files=files,
         model=asked.model,

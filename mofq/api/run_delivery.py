@@ -177,7 +177,7 @@ def tune_where_it_helps(
             steps=_steps(run.options.effort, recipe.kl_nats_per_token),
             device=run.options.running.device,
             is_streamed=_is_streamed(run),
-            work=files.folder / ".tuning",
+            work=files.tuning,
             progress=run.options.progress,
             tell=tell,
         )
@@ -187,8 +187,6 @@ def tune_where_it_helps(
     except MofqError as error:  # what is wrong with the recipe itself, its validation says
         tell(Remark(f"The recipe is not tuned: {error.template}"))
         return recipe
-    if found.note:
-        tell(Remark(found.note))
     if not found.helps:
         tell(f"The recipe is not tuned: it would have KL {found.tuning.gain}.")
         return recipe

@@ -63,6 +63,11 @@ class RunFiles:
         return self.folder / "stats"
 
     @property
+    def tuning(self) -> Path:
+        """Where a tuning that was stopped goes on, and what it found is kept until the run ends."""
+        return self.folder / ".tuning"
+
+    @property
     def table(self) -> Path:
         """What was measured, for all requests."""
         return self.folder / "table.jsonl"

@@ -25,7 +25,7 @@ from mofq.api.options import (
     silent,
 )
 from mofq.api.preconditions import check_device, check_output
-from mofq.exceptions import RecipeError, Remark
+from mofq.exceptions import RecipeError
 from mofq.files.progress import Progress
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def tune(
     from mofq.delivery.recipe_layers import find_recipe_layers
     from mofq.delivery.rewriting.remake import base_of
     from mofq.delivery.tuning.tune_recipe import tune_recipe
+    from mofq.delivery.validation.streamed import drop_unfinished
     from mofq.model.checkpoint.headers import open_checkpoint
 
     checkpoint = open_checkpoint(str(model))
@@ -137,6 +138,8 @@ def tune(
         chosen = chosen_execution(execution, checkpoint, layers, plan, device=running.device)
         if chosen.remark is not None:
             tell(chosen.remark)
+        # Where a tuning that was stopped is continued: beside what it will write.
+        work = path and path.with_name(f".{path.name}.streamed")
         found = tune_recipe(
             checkpoint,
             untuned,
@@ -147,14 +150,12 @@ def tune(
             codes=what == "all",
             device=running.device,
             is_streamed=chosen.is_streamed,
-            # Where a tuning that was stopped is continued: beside what it will write.
-            work=path and path.with_name(f".{path.name}.streamed"),
+            work=work,
             progress=progress,
             tell=tell,
         )
-    if found.note:
-        tell(Remark(found.note))
     written = found.recipe if found.helps else untuned
-    if path is not None:
+    if path is not None and work is not None:
         save_recipe(written, path, tell)
+        drop_unfinished(work)
     return TuneResult(str(model), written, found.tuning, path, monotonic() - start)

@@ -65,10 +65,10 @@ class Tuning:
     def gain(self) -> str:
         """What was gained on the sequences held out, for people."""
         # Of a recipe that changes nothing there is no share.
-        saved, share = self.kl_before - self.kl_after, 100 / (self.kl_before or 1.0)
+        change, share = self.kl_after - self.kl_before, 100 / (self.kl_before or 1.0)
         return (
             f"{self.kl_before:.3g} to {self.kl_after:.3g} nats per token, "
-            f"{-share * saved:.1f} ± {share * self.kl_saved_stderr:.1f} %, on {self.held_out} "
+            f"{share * change:.1f} ± {share * self.kl_saved_stderr:.1f} %, on {self.held_out} "
             f"held-out sequences of the text that it was tuned on"
         )
 

@@ -40,6 +40,9 @@ _BEGINNING = 16_384
 MAX_YAML_BYTES = 16_000_000
 MAX_DEPTH = 16
 
+#: Ends the name of a file that is being written.
+PART = ".part"
+
 _QUOTE = "Quote a text that only begins with '*' or '&'."
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {
@@ -332,7 +335,7 @@ def renamed_when_written(path: Path, error: type[MofqError], remedy: str) -> Ite
     Raises:
         error: The file cannot be written; nothing of it is left.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + PART)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -32,6 +32,7 @@ from mofq.evidence.code_changes import CodeChanges, can_learn, from_tensors, to_
 from mofq.evidence.corpora import load_text
 from mofq.evidence.layer_codes import LayerCodes
 from mofq.exceptions import RecipeError
+from mofq.files.progress import Tell
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.layers import LinearLayer, find_layers, is_expert
 from mofq.model.loading import load_model
@@ -229,7 +230,9 @@ def test_changes_to_what_no_tuning_changes_are_refused(
     assert changes.fault(weight_scheme(scheme), (128, 256)) == reason
 
 
-def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 40) -> TunedRecipe:
+def tune(
+    model: Path, scheme: str = "int4.g32", *, steps: int = 40, tell: Tell | None = None
+) -> TunedRecipe:
     checkpoint = open_checkpoint(str(model))
     return tune_recipe(
         checkpoint,
@@ -238,6 +241,7 @@ def tune(model: Path, scheme: str = "int4.g32", *, steps: int = 40) -> TunedReci
         base=Base(checkpoint, None),
         plan=plan_of(model, WINDOWS),
         steps=steps,
+        tell=tell,
     )
 
 
@@ -388,14 +392,14 @@ def test_a_file_of_unknown_dtypes_is_refused(dtype: str, found: TunedRecipe, mod
         learned_codes(recipe, find_recipe_layers(open_checkpoint(str(model)), recipe))
 
 
-def test_without_memory_for_codes_norms_alone_are_tuned(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "found"), [("free_bytes", 1000), ("pass_bytes", 10**15)])
+def test_without_memory_for_codes_beside_a_pass_norms_alone_are_tuned(
+    kind: str, found: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.free_bytes", lambda device: 1000)
-    found = tune(model, steps=1)
-    assert found.tuning.layers == 0
-    assert found.note is not None
-    assert "GB of memory beside the model" in found.note
+    monkeypatch.setattr(f"mofq.delivery.tuning.tune_recipe.{kind}", lambda *_: found)
+    told: list[str] = []
+    assert tune(model, steps=1, tell=told.append).tuning.layers == 0
+    assert "GB of memory beside the model" in told[0]
 
 
 def test_codes_are_learned_where_layers_have_other_names_in_memory(tiny: TinyCheckpoint) -> None:
@@ -450,12 +454,13 @@ def test_experts_are_left_as_they_are_where_only_they_do_not_fit(
     folder = tiny("qwen3_moe")
     layers = find_layers(open_checkpoint(str(folder)))
     weights = sum(one.weights for one in layers.grouped_layers if not is_expert(one))
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.pass_bytes", lambda *_: 0)
     monkeypatch.setattr(
         "mofq.delivery.tuning.tune_recipe.free_bytes", lambda _: int(9 * weights / 0.79)
     )
-    found = tune(folder, steps=2)
-    assert found.note is not None
-    assert found.note.startswith("No codes of experts are learned: that takes ")
+    told: list[str] = []
+    found = tune(folder, steps=2, tell=told.append)
+    assert told[0].startswith("No codes of experts are learned: that takes ")
     names = from_tensors(load(found.recipe.tuned))
     assert names
     assert not any("experts." in name for name in names)

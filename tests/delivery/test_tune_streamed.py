@@ -26,6 +26,7 @@ from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.even_steps import median_of
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.exceptions import MofqError, StreamingError
+from mofq.files.documents import PART
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import find_layers
 from mofq.model.streaming import records
@@ -129,14 +130,21 @@ def test_bfloat16_is_the_same_streamed(tiny: TinyCheckpoint) -> None:
 
 
 @contextmanager
-def stopped_at(write: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stop whatever writes as many files of tensors, as a kill before the last of them does."""
+def stopped_at(place: str | int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stop whatever writes files of tensors, as a kill within one of them does.
+
+    Args:
+        place: The end of its path, or how many are written with it.
+        monkeypatch: Of the test.
+    """
     written, numbers = records._written, count(1)
 
-    def stop(*given: Any) -> Any:
-        if next(numbers) == write:
+    def stop(path: Path) -> Any:
+        number = next(numbers)
+        if number == place or str(path).endswith(f"/{place}"):
+            path.with_name(path.name + PART).write_bytes(b"\x10")
             raise KeyboardInterrupt
-        return written(*given)
+        return written(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(records, "_written", stop)
@@ -144,26 +152,53 @@ def stopped_at(write: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             yield
 
 
-#: Of about 130 files: the original's, the first turn of the layers, before any step, in steps.
+#: Of the original, of the first turn of the layers, before any step, and in steps.
+PLACES = (
+    *("original/00002/step-00001", "rounded-model.layers.1", "before/00001/step-00002"),
+    *("pass-00000/00002/step-00001", "pass-00000/00001/back-00003", "pass-00000/outside-00003"),
+    *("learned-model.layers.1", "pass-00000/outside-00001", "learned-model.layers.0", "learned-"),
+    *("pass-00001/outside-00003", "after/00000/step-00001"),
+)
+
+
 @pytest.mark.parametrize(
-    "writes",
-    [(30, 20, 20), *(pytest.param((n,), marks=pytest.mark.long) for n in range(5, 140, 7))],
+    "places", [PLACES, pytest.param((9,) * 15, marks=pytest.mark.long)], ids=["each", "ninth"]
 )
 def test_a_tuning_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
-    writes: tuple[int, ...],
+    places: tuple[str | int, ...],
     tiny: TinyCheckpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work = tmp_path / ".recipe.yaml.streamed"
+    work.symlink_to(tmp_path / "another disk")
     whole = tune(tiny("llama"), steps=2)
-    for write in writes:
-        with stopped_at(write, monkeypatch):
+    for place in places:
+        with stopped_at(place, monkeypatch):
             tune(tiny("llama"), steps=2, is_streamed=True, work=work)
-    again = tune(tiny("llama"), steps=2, is_streamed=True, work=work)
+    told: list[tuple[str, int, int]] = []
+    again = tune(
+        tiny("llama"), steps=2, is_streamed=True, work=work, progress=lambda *one: told.append(one)
+    )
+    stage, done, total = told[-1]
+    assert (stage, done) == ("tune", total)
     assert again == whole
     assert again.recipe.tuned == whole.recipe.tuned
-    assert not work.exists()
+    # That alone is left, until whoever asked has written it.
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitWeights, "loaded", None)
+        assert tune(tiny("llama"), steps=2, is_streamed=True, work=work) == whole
+    assert {path.name for path in work.glob("*/*")} == {"tuned.yaml", whole.tuning.file}
+
+
+def test_a_file_that_lost_its_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    records.write_tensors(path, [], [torch.ones(3)])
+    content = path.read_bytes()
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(MofqError, match=r"was cut short\. Delete all that was kept"):
+            records.read_content(path)
 
 
 def test_what_the_disk_has_to_hold_is_said_and_no_more_is_kept(

@@ -23,11 +23,11 @@ from mofq.delivery.backends import find_exporter
 from mofq.delivery.export.compressed_tensors import find_folder_deviations
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.norms import find_norms
-from mofq.delivery.tuning.tune import split_sequences
+from mofq.delivery.tuning.tune import Tuned, split_sequences
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.delivery.validation import find_deviations
 from mofq.evidence.corpora import load_text
-from mofq.exceptions import BackendError, CorpusError, RecipeError
+from mofq.exceptions import BackendError, CorpusError, RecipeError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint, open_stored
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
@@ -115,6 +115,24 @@ def test_too_few_sequences_are_refused(model: Path) -> None:
             plan=plan_of(model, windows),
             steps=1,
         )
+
+
+def test_what_fitted_schemes_need_is_asked_for_before_the_model_runs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.load_model", None)
+    with pytest.raises(StatsError, match="there are none here"):
+        tune(model, model, "int4.g32@nats")
+
+
+def test_a_divergence_of_nothing_is_written_where_its_sum_is_below_zero(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tuned = Tuned({}, {}, torch.tensor([1e-9, 2e-9, 1e-9]).double(), torch.full((3,), -1e-9))
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.tune_model", lambda *_, **__: tuned)
+    found = tune(model, model, steps=1)
+    assert found.tuning.kl_after == 0
+    write_recipe(found.recipe, tmp_path / "recipe.yaml")
 
 
 def test_every_corpus_is_split() -> None:

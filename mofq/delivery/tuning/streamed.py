@@ -198,7 +198,13 @@ class Streamed:
                     f"{unit} runs more than once for a token, and is learned once for all"
                 )
             seen.add(unit)
+        self.tell()
         return step
+
+    def _tell_passes(self, count: int) -> None:
+        """Of what was done before."""
+        for _ in range(count * len(self.base.weights.units)):
+            self.tell()
 
     @contextmanager
     def _heads(self, *, times: int) -> Iterator[_Turn]:
@@ -230,7 +236,9 @@ class Streamed:
                     score = score_window(reference_TV, logits_TV, sequence.token_T)
                     found.append(score.kl_nats / windows_NT.shape[1])
             write_beside_and_rename(path, json.dumps(found))
-            shutil.rmtree(self.folder / when)
+        else:
+            self._tell_passes(1)
+        shutil.rmtree(self.folder / when, ignore_errors=True)
         return torch.tensor(json.loads(path.read_text("utf-8")), dtype=torch.float64)
 
     def step(self, number: int, indices: Sequence[int]) -> None:
@@ -241,11 +249,14 @@ class Streamed:
             head = self._forward(sequences, for_gradients=True)
             gradients = [Gradients(one) for one in sequences]
             self._send_from_head(gradients, indices, head, number)
+            self.tell()
             for step in range(head - 1, -1, -1):
                 self._send(gradients, step, head, number)
                 self.tell()
             self._end_outside(name, head, number)
             self.states.end_step(number)
+        else:
+            self._tell_passes(2)
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _send_from_head(
@@ -303,8 +314,10 @@ class Streamed:
 
     def _is_done(self, gradients: Sequence[Gradients], step: int, unit: str, number: int) -> bool:
         """Whether a step was run backward, and its unit has moved."""
-        return all(one.has(step) for one in gradients) and (
-            not self.states.is_learned(unit) or self.states.steps(unit) > number
+        return (
+            all(one.has(step) for one in gradients)
+            and self._outside(gradients, step).exists()
+            and (not self.states.is_learned(unit) or self.states.steps(unit) > number)
         )
 
     def _outside(self, gradients: Sequence[Gradients], step: int) -> Path:
@@ -393,8 +406,7 @@ class _Turn:
             one.grad = None
             one.requires_grad_(False)
         found = {n.path: g for n in self.outside.norms if (g := grads[n.path]) is not None}
-        if found:
-            write_tensors(outside, list(found), list(found.values()))
+        write_tensors(outside, list(found), list(found.values()))  # its being there says: all sent
         if not self.state.norms and not self.state.codes:
             return
         for norm in self.state.norms:

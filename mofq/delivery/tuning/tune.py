@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from mofq.delivery.validation.divergence import check_logits
@@ -32,9 +31,6 @@ _RATE, _MOST_RATE = 0.01, 3e-3
 _CODE_WAY, _MOST_CODE_RATE = 1 / 4, 8e-3
 #: Of so many sequences of a corpus one is held out.
 _HOLD_OUT = 4
-#: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
-#: interval of a mean of few sequences.
-_SURE = 0.975
 #: Positions whose gradient is made at once.
 _ROWS = 128
 
@@ -79,14 +75,6 @@ class Tuned:
         """Of what is saved on average, sequence by sequence [nats per token]."""
         stderr = standard_error(self.before_N - self.after_N)
         return math.inf if stderr is None else stderr
-
-    @property
-    def helps(self) -> bool:
-        """Whether the KL is less by more than chance."""
-        saved_N = self.before_N - self.after_N
-        if len(saved_N) < 2:
-            return False
-        return float(saved_N.mean()) > float(stdtrit(len(saved_N) - 1, _SURE)) * self.saved_stderr
 
 
 class Tunable(Protocol):

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save
+from scipy.special import stdtrit
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mofq import __version__
-from mofq.decision.recipe import Recipe, join_hashes, recipe_text
+from mofq.decision.recipe import (
+    Recipe,
+    join_hashes,
+    load_recipe,
+    recipe_text,
+    write_recipe,
+)
 from mofq.decision.tuning import Tuning, tuned_file
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.recipe_fits import open_fits
@@ -32,21 +40,27 @@ from mofq.delivery.tuning.tune import (
     tune_model,
 )
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
-from mofq.delivery.validation.streamed import drop_unfinished, work_folder
+from mofq.delivery.validation.streamed import work_folder
 from mofq.evidence.calibration.stats import Plan
 from mofq.evidence.code_changes import to_tensors
-from mofq.exceptions import CorpusError, RecipeError, option
+from mofq.evidence.fits import Fits
+from mofq.exceptions import CorpusError, RecipeError, Remark, option
 from mofq.files.progress import Progress, Steps, Tell
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model
-from mofq.model.streaming.execution import free_bytes
+from mofq.model.streaming.execution import free_bytes, pass_bytes
 
-#: Of the memory that is free: the rest is for what a pass keeps.
+#: Of the memory that is free, and no less than a pass takes is left.
 _OF_FREE = 0.8
 #: Fewer sequences that judge say nothing.
 _FEWEST_HELD_OUT = 3
+#: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
+#: interval of a mean of few sequences.
+_SURE = 0.975
+#: In the place of what a tuning layer by layer kept, once it is done.
+_DONE = "tuned.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +69,13 @@ class TunedRecipe:
 
     recipe: Recipe
     tuning: Tuning
-    helps: bool  #: whether less KL was measured on what was held out, beyond its error
-    note: str | None = None  #: which codes were not learned and why, where they were to be
+
+    @property
+    def helps(self) -> bool:
+        """Whether less KL was measured on what was held out, by more than chance."""
+        one = self.tuning
+        sure = float(stdtrit(one.held_out - 1, _SURE)) * one.kl_saved_stderr
+        return one.kl_before - one.kl_after > sure
 
 
 def tune_recipe(
@@ -86,11 +105,12 @@ def tune_recipe(
         codes: Whether codes and scales are learned beside norms.
         device: Where the models run, one after the other.
         is_streamed: Whether one decoder layer is in memory at a time, and not the whole model.
-        work: Where what is kept between layers lies until all is done, so that a run that was
-            stopped goes on; None: in a temporary folder.
+        work: Where what is kept between layers lies, so that a run that was stopped goes on; None:
+            in a temporary folder. What was found stays there, small, until `drop_unfinished`: it
+            is not lost where whoever asked for it cannot write it.
         progress: Called with ``"original"`` and ``"tune"``, sequences or layers run, and all of
             them.
-        tell: Called with what the disk has to hold.
+        tell: Called with what the disk has to hold, and which codes are not learned and why.
 
     Returns:
         The recipe, which names the weights that it is for, and what tuning does on what no step
@@ -111,24 +131,48 @@ def tune_recipe(
             f"smaller {option('sequence_length')}."
         )
     layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
-    asked = _Asked(original, recipe, base, layers, plan, split, steps, codes, device, progress)
     with ExitStack() as stack:
+        index_sha256 = base.checkpoint.index_sha256
+        fits = stack.enter_context(open_fits(recipe, base.stats, index_sha256=index_sha256))
+        asked = _Asked(
+            *(original, recipe, base, fits, layers, plan, split),
+            *(steps, codes, device, progress, tell),
+        )
+        folder, model = None, None
         if is_streamed:
-            model, note = _streamed(stack, asked, work=work, tell=tell), None
+            folder = stack.enter_context(work_folder(work, asked.identity(), stays=True))
+            if (folder / _DONE).exists():
+                return _tuned_recipe(replace(load_recipe(folder / _DONE), file=recipe.file))
+            model = _streamed(stack, asked, folder)
         else:
-            if work is not None:
-                drop_unfinished(work)
-            model, note = _resident(stack, asked)
+            model = _resident(stack, asked)
         if model.is_empty:
             raise RecipeError(
                 f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
                 f"and no codes that can be learned."
             )
         tuned = tune_model(model, split, steps=steps)
-    bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
-    done = _with_tuned(bound, tuned, split, plan, steps=steps)
-    assert done.tuning is not None
-    return TunedRecipe(done, done.tuning, tuned.helps, note)
+        bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
+        done = _with_tuned(bound, tuned, split, plan, steps=steps)
+        if folder is not None:
+            _keep_alone(done, folder)
+    return _tuned_recipe(done)
+
+
+def _tuned_recipe(recipe: Recipe) -> TunedRecipe:
+    assert recipe.tuning is not None
+    return TunedRecipe(recipe, recipe.tuning)
+
+
+def _keep_alone(recipe: Recipe, folder: Path) -> None:
+    """Have a recipe in a folder, and then nothing else."""
+    write_recipe(recipe, folder / _DONE)
+    assert recipe.tuning is not None
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (_DONE, recipe.tuning.file):
+            path.unlink()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +182,7 @@ class _Asked:
     original: Checkpoint
     recipe: Recipe
     base: Base
+    fits: Fits | None  #: of its stats, where a scheme is fitted
     layers: ModelLayers  #: of the base
     plan: Plan
     split: Split
@@ -145,10 +190,30 @@ class _Asked:
     codes: bool
     device: str
     progress: Progress | None
+    tell: Tell | None
+
+    def identity(self) -> object:
+        """All that decides what is found layer by layer."""
+        return {
+            "mofq": __version__,
+            "models": [
+                [one.index_sha256, hash_weights(one)]
+                for one in (self.original, self.base.checkpoint)
+            ],
+            "recipe": hashlib.sha256(recipe_text(self.recipe).encode()).hexdigest(),
+            "stats": None if self.fits is None else self.fits.stats.sha256,
+            "sequences": [
+                hashlib.sha256(one.numpy().tobytes()).hexdigest()
+                for one in (self.split.stepped_NT, self.split.held_out_NT)
+            ],
+            "steps": self.steps,
+            "codes": self.codes,
+            "arithmetic": [self.plan.dtype, self.device],
+        }
 
 
-def _resident(stack: ExitStack, asked: _Asked) -> tuple[Tunable, str | None]:
-    """The quantized model in memory, after the original; and which codes are not learned."""
+def _resident(stack: ExitStack, asked: _Asked) -> Tunable:
+    """The quantized model in memory, after the original."""
     stepped, held_out = (stack.enter_context(OriginalLogits()) for _ in range(2))
     _run_original(asked, into=(stepped, held_out))
     recipe, layers, checkpoint = asked.recipe, asked.layers, asked.base.checkpoint
@@ -156,46 +221,31 @@ def _resident(stack: ExitStack, asked: _Asked) -> tuple[Tunable, str | None]:
     model = load_model(checkpoint.folder, dtype=asked.plan.dtype, device=device)
     apply_recipe(model, recipe, checkpoint=checkpoint, stats=stats, progress=progress)
     norms = find_norms(model, checkpoint, layers.architecture)
-    room = _find_room(layers, recipe, device) if asked.codes else _Room(codes=False)
+    room = _find_room(asked) if asked.codes else _Room(codes=False)
+    if room.note and asked.tell is not None:
+        asked.tell(Remark(room.note))
     learned: list[LearnedCodes] = []
     if room.codes:
-        with open_fits(recipe, stats, index_sha256=checkpoint.index_sha256) as fits:
-            learned = list(
-                learned_layers(model, recipe, layers, checkpoint, fits=fits, experts=room.experts)
-            )
-    found = Resident(model, norms, learned, asked.split, stepped, held_out, asked.steps, progress)
-    return found, room.note
+        learned = list(
+            learned_layers(model, recipe, layers, checkpoint, fits=asked.fits, experts=room.experts)
+        )
+    return Resident(model, norms, learned, asked.split, stepped, held_out, asked.steps, progress)
 
 
-def _streamed(stack: ExitStack, asked: _Asked, *, work: Path | None, tell: Tell | None) -> Tunable:
-    """The same layer by layer; what a tuning of the same left on the disk is taken."""
-    recipe, checkpoint, split = asked.recipe, asked.base.checkpoint, asked.split
-    same = {
-        "mofq": __version__,
-        "models": [[one.index_sha256, hash_weights(one)] for one in (asked.original, checkpoint)],
-        "recipe": hashlib.sha256(recipe_text(recipe).encode()).hexdigest(),
-        "sequences": [
-            hashlib.sha256(one.numpy().tobytes()).hexdigest()
-            for one in (split.stepped_NT, split.held_out_NT)
-        ],
-        "steps": asked.steps,
-        "codes": asked.codes,
-        "arithmetic": [asked.plan.dtype, asked.device],
-    }
-    folder = stack.enter_context(work_folder(work, same))
-    fits = open_fits(recipe, asked.base.stats, index_sha256=checkpoint.index_sha256)
+def _streamed(stack: ExitStack, asked: _Asked, folder: Path) -> Tunable:
+    """The same layer by layer; what a tuning of the same left in the folder is taken."""
     return stack.enter_context(
         open_tuning(
-            *(asked.original, recipe, checkpoint, split),
+            *(asked.original, asked.recipe, asked.base.checkpoint, asked.split),
             layers=asked.layers,
-            fits=stack.enter_context(fits),
+            fits=asked.fits,
             folder=folder,
             steps=asked.steps,
             codes=asked.codes,
             dtype=asked.plan.dtype,
             device=asked.device,
             progress=asked.progress,
-            tell=tell,
+            tell=asked.tell,
         )
     )
 
@@ -209,18 +259,23 @@ class _Room:
     note: str | None = None  #: why not all
 
 
-def _find_room(layers: ModelLayers, recipe: Recipe, device: str) -> _Room:
+def _find_room(asked: _Asked) -> _Room:
     """What can be learned beside a model that is in memory: all, all but experts, or nothing."""
+    layers, recipe, device = asked.layers, asked.recipe, asked.device
     needed = learning_bytes(recipe, layers)
     without = learning_bytes(recipe, layers, experts=False)
     free = free_bytes(device)
-    if free is None or needed <= _OF_FREE * free:
+    if free is None:
+        return _Room(codes=True)
+    passes = pass_bytes(asked.base.checkpoint, layers, asked.plan.sequence_length) // 2
+    left = min(_OF_FREE * free, free - passes)
+    if needed <= left:
         return _Room(codes=True)
     takes = (
-        f"that takes {needed / 1e9:.3g} GB of memory beside the model, and {free / 1e9:.3g} GB "
-        f"are free on {device}"
+        f"that takes {needed / 1e9:.3g} GB of memory beside the model, a sequence "
+        f"{passes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free on {device}"
     )
-    if 0 < without <= _OF_FREE * free:
+    if 0 < without <= left:
         return _Room(codes=True, experts=False, note=f"No codes of experts are learned: {takes}.")
     return _Room(codes=False, note=f"No codes are learned: {takes}.")
 
@@ -253,8 +308,9 @@ def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps
         bos=bool(plan.bos),
         corpora_sha256=join_hashes(one.text_sha256 for one in plan.corpora),
         held_out=len(split.held_out_NT),
-        kl_before=float(tuned.before_N.mean()),
-        kl_after=float(tuned.after_N.mean()),
+        # Of next to none a sum over the vocabulary may be less.
+        kl_before=max(0.0, float(tuned.before_N.mean())),
+        kl_after=max(0.0, float(tuned.after_N.mean())),
         kl_saved_stderr=tuned.saved_stderr,
     )
     return replace(recipe, tuning=tuning, tuned=content)

@@ -22,7 +22,7 @@ from mofq.delivery.tuning.even_steps import mean_square, median_of, move
 from mofq.delivery.tuning.norms import TunedNorm
 from mofq.delivery.tuning.tune import Rates
 from mofq.evidence.layer_codes import narrow
-from mofq.files.documents import write_beside_and_rename
+from mofq.files.documents import PART, write_beside_and_rename
 from mofq.model.streaming.nested_tensors import map_tensors, pack, unpack
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.numbers.quantize import QuantizedWeight
@@ -103,9 +103,13 @@ class UnitStates:
         """Layer -> error of rounding relative to its weight, of all units that have begun."""
         return {
             one["name"]: one["error"]
-            for path in self._folder.glob("learned-*")
+            for path in self._learned_files()
             for one in _read(path)["codes"]
         }
+
+    def _learned_files(self) -> list[Path]:
+        """Of all units that have begun, without what a killed process left half written."""
+        return sorted(one for one in self._folder.glob("learned-*") if one.suffix != PART)
 
     def read(self, unit: str, rates: Rates) -> UnitState:
         """What a unit has learned; its norms and scales move as its last gradients say."""
@@ -195,7 +199,7 @@ class UnitStates:
 
     def end_step(self, number: int) -> None:
         """Say that a step is over: all units have their gradients of it."""
-        paths = sorted(self._folder.glob("learned-*"))
+        paths = self._learned_files()
 
         def squares(of_codes: bool) -> Iterable[Tensor]:
             for path in paths:

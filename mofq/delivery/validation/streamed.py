@@ -523,13 +523,19 @@ def _identity(candidate: Candidate) -> list[str | None]:
 
 
 @contextmanager
-def work_folder(work: Path | None, asked: object) -> Iterator[Path]:
-    """A folder for what is kept between layers; one of a run that asked the same is continued."""
+def work_folder(work: Path | None, asked: object, *, stays: bool = False) -> Iterator[Path]:
+    """A folder for what is kept between layers; one of a run that asked the same is continued.
+
+    Args:
+        work: Has it, and no other; None: it is a temporary one.
+        asked: All that decides what is kept.
+        stays: Whether it is there afterwards.
+    """
     if work is None:
         with tempfile.TemporaryDirectory(prefix="mofq-") as temporary:
             yield Path(temporary)
         return
-    text = json.dumps(asked, sort_keys=True)
+    text, work = json.dumps(asked, sort_keys=True), work.resolve()  # it may be a link to a disk
     folder = work / hashlib.sha256(text.encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     with hold_folder(work, partial(_busy, work)):
@@ -538,12 +544,13 @@ def work_folder(work: Path | None, asked: object) -> Iterator[Path]:
                 shutil.rmtree(other, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         yield folder
-        shutil.rmtree(work)
+        if not stays:
+            shutil.rmtree(work)
 
 
 def drop_unfinished(work: Path) -> None:
-    """Delete what a run that was stopped kept between layers, unless one goes on there."""
-    if work.is_dir():
+    """Delete what a run kept between layers or found by them, unless one goes on there."""
+    if (work := work.resolve()).is_dir():
         with suppress(MofqError), hold_folder(work, partial(_busy, work)):
             shutil.rmtree(work, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import torch
 
 from mofq.exceptions import Remark, StreamingError, option
 from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.layers import ModelLayers
 
 Execution = Literal["auto", "resident", "spread", "streamed"]
 
@@ -81,6 +82,20 @@ def model_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     numbers = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     itemsize: int = getattr(torch, dtype).itemsize
     return numbers * itemsize
+
+
+def pass_bytes(checkpoint: Checkpoint, layers: ModelLayers, sequence_length: int) -> int:
+    """What a sequence takes at most that gradients are taken of; of the bundled models, half.
+
+    That is what autograd keeps of layers that every token visits, and logits with their gradient.
+    """
+    config = checkpoint.config
+    text_config = config.get("text_config")
+    inner = text_config if isinstance(text_config, dict) else config
+    vocabulary = int(inner.get("vocab_size") or config.get("vocab_size") or 0)
+    dense = [layer for layer in layers.grouped_layers if layer.expert is None]
+    numbers = sum(2 * (layer.in_features + layer.out_features) for layer in dense) + 4 * vocabulary
+    return 4 * sequence_length * numbers
 
 
 def free_bytes(device: str) -> int | None:

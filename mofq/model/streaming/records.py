@@ -111,9 +111,13 @@ def _encode_header(content: Any, described: _Described, size: int) -> bytes:
 def _header(path: Path) -> tuple[Any, _Described, int]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if os.fstat(file.fileno()).st_size != 8 + length + header["bytes"]:
-            raise MofqError(f"{path}: was cut short. Delete it, and run the same command.")
+        size = os.fstat(file.fileno()).st_size
+        header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+        if header is None or size != 8 + length + header["bytes"]:
+            raise MofqError(
+                f"{path}: was cut short. Delete all that was kept between layers, the folder "
+                f"that it lies in, and run the same command."
+            )
     return header["content"], header["tensors"], 8 + length
 
 

@@ -1,0 +1,103 @@
+"""Whether a run tunes what it found, and what it says where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import DEMO
+from emulated import recipe_of
+
+from mofq.api import run_delivery
+from mofq.api.options import Budget, Choices, Method, Running, Samples, Vocabulary, Windows
+from mofq.api.request import make_request
+from mofq.api.run_delivery import tune_where_it_helps
+from mofq.api.run_evidence import Subject
+from mofq.api.run_folder import RunFiles
+from mofq.api.run_request import CheckedRun, RunOptions, check_run
+from mofq.decision.recipe import RecipeResult
+from mofq.evidence.spaces import parse_search_space
+from mofq.exceptions import MofqError
+
+
+@pytest.fixture(scope="module")
+def run() -> CheckedRun:
+    space = parse_search_space("version: 1\nschemes: ['int3.channel']\n", name="one", where="one")
+    return check_run(
+        RunOptions(
+            model=str(DEMO),
+            request=make_request(Choices(), budget=Budget(max_bits=4), method=Method()),
+            space=space,
+            effort="normal",
+            corpora=["en=demo-en-calibration"],
+            text="demo-en",
+            windows=Windows(tokens=64, sequence_length=32),
+            samples=Samples(sequences=12),
+            layers=None,
+            vocabulary=Vocabulary(),
+            running=Running(),
+            execution="resident",
+            no_stats=False,
+            rivals=0,
+            progress=None,
+            tell=print,
+        )
+    )
+
+
+def remarks(run: CheckedRun, folder: Path, *, kl: float = 0.25, **options: Any) -> list[str]:
+    """What is told of a recipe that is not tuned."""
+    told: list[str] = []
+    asked = replace(run.options, tell=told.append, **options)
+    plain = recipe_of(run.checkpoint, "int3.channel")
+    recipe = replace(plain, result=RecipeResult(kl_nats_per_token=kl))
+    subject = Subject(str(DEMO), folder / "stats", folder / "table.jsonl")
+    found = tune_where_it_helps(replace(run, options=asked), RunFiles(folder), recipe, subject)
+    assert found is recipe
+    return told
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kl": 0.004}, "0.004 nats per token are predicted, and of less than 0.005 there is"),
+        ({"execution": "streamed"}, "32 steps would read and quantize all of it 64 times."),
+        ({"no_stats": True}, "the model is run layer by layer, and 32 steps would read"),
+        ({"execution": "spread"}, "execution=spread spreads the model"),
+    ],
+)
+def test_what_would_take_long_or_gain_little_is_not_tuned(
+    options: dict[str, Any], reason: str, run: CheckedRun, tmp_path: Path
+) -> None:
+    (told,) = remarks(run, tmp_path, **options)
+    assert told.startswith("The recipe is not tuned: ")
+    assert reason in told
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(MemoryError(), "memory ran out"), (MofqError("the disk is full"), "the disk is full")],
+)
+def test_a_run_whose_tuning_fails_goes_on_with_what_it_found(
+    error: Exception,
+    reason: str,
+    run: CheckedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.tune_recipe", fail)
+    (told,) = remarks(run, tmp_path)
+    assert reason in told
+
+
+@pytest.mark.parametrize(
+    ("kl", "steps"), [(None, 32), (0.05, 32), (0.049, 8), (0.005, 8), (0.0049, 0)]
+)
+def test_normal_makes_more_steps_where_more_is_lost(kl: float | None, steps: int) -> None:
+    assert run_delivery._steps("normal", kl) == steps
+    assert run_delivery._steps("best", kl) == 128
