@@ -292,7 +292,7 @@ def _over_tokens(
             x_MCI = plain if activation is None else stored.chunks(start, stop, out=other_MCI)
             if activation in projected:
                 projected[activation][:, some] = _project(
-                    x_MCI.view(-1, run * tokens, channels),
+                    x_MCI.view(len(x_MCI) // run, run * tokens, channels),
                     gradient_URT[some],
                     factors_SRI[activation],
                     outer,
