@@ -202,18 +202,18 @@ def _rewritten(
     move = partial(rewrite_where_it_pays, run, files, first=first.subject)
     turn = partial(rotate_where_possible, run, files, first=first.subject)
     added("rewrite", lambda: move(before=first))
-    is_tried = run.options.effort == "best" or _rounds_inputs(first)
+    is_tried = run.options.effort == "best" or _rounds_inputs(run, first)
     if is_tried and (rotated := added("rotate", turn)) is not None:
         added("rewrite rotated", lambda: move(before=rotated))
     return made
 
 
-def _rounds_inputs(measured: Measured) -> bool:
-    """Whether the best recipe rounds the inputs of some fusion group."""
+def _rounds_inputs(run: CheckedRun, measured: Measured) -> bool:
+    """Whether the best recipe rounds the inputs of most weights."""
     from mofq.delivery.rewriting.for_recipe import rounds_inputs
 
     decision = measured.decision
-    return decision is not None and rounds_inputs(_schemes(decision.recipe))
+    return decision is not None and rounds_inputs(_schemes(decision.recipe), run.layers)
 
 
 def _schemes(recipe: Recipe) -> dict[str, str]:
@@ -273,7 +273,7 @@ def rewrite_where_it_pays(
     from mofq.model.layers import find_layers
 
     decision, is_best = before.decision, run.options.effort == "best"
-    if decision is None or not (is_best or _rounds_inputs(before)):
+    if decision is None or not (is_best or _rounds_inputs(run, before)):
         return None
     if not _fits_disk(run, files, first):
         return None

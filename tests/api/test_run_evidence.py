@@ -99,7 +99,7 @@ def gathered(
     monkeypatch.setattr(run_evidence, "rewrite_where_it_pays", moved)
     monkeypatch.setattr(run_evidence, "rotate_where_possible", turned)
     evidence = gather_evidence(
-        Mock(options=asked, offered=offered),
+        Mock(options=asked, offered=offered, layers=Mock(groups=table.header.groups)),
         Mock(stats=Path("stats"), table=Path("table.jsonl")),
         measure=measure,
         is_stored=True,
@@ -159,6 +159,10 @@ def test_with_normal_effort_the_model_is_rotated_where_the_best_recipe_rounds_in
         replace(row, scheme=ROUNDS_INPUTS) if row.scheme == "int8.channel" else row
         for row in table.rows
     ]
+    monkeypatch.setattr(
+        "mofq.delivery.rewriting.for_recipe.rounds_inputs",
+        lambda schemes, _: ROUNDS_INPUTS in schemes.values(),
+    )
     table = replace(table, rows=tuple(rows))
     evidence, _ = gathered(table, "normal", monkeypatch, rounded=0.9, fitted=0.4, rotated=0.1)
     assert evidence.best.subject is BOTH

@@ -236,6 +236,16 @@ def test_of_several_methods_and_schemes_the_one_that_is_best_afterwards_is_chose
         assert torch.equal(scale_P, best.scale_P)
 
 
+def test_a_recipe_rounds_inputs_where_most_weights_meet_rounded_ones(model: Path) -> None:
+    layers = find_layers(open_checkpoint(str(model)))
+    largest = max(layers.groups, key=lambda group: sum(one.weights for one in group.layers)).name
+    every = {group.name: FITTED for group in layers.groups}
+    assert rounds_inputs(every, layers)
+    assert rounds_inputs(every | {largest: "int4.g16"}, layers)
+    assert not rounds_inputs({largest: FITTED}, layers)
+    assert not rounds_inputs(dict.fromkeys(every, "int4.g16"), layers)
+
+
 def test_scales_move_for_schemes_that_round_inputs_and_on_demand_for_others(
     model: Path, stats: Stats
 ) -> None:
@@ -244,8 +254,6 @@ def test_scales_move_for_schemes_that_round_inputs_and_on_demand_for_others(
     names = [group.name for group in layers.groups]
     first, *others = names
     schemes = {**dict.fromkeys(others, "int4.g16~gptq"), first: FITTED}
-    assert rounds_inputs(schemes)
-    assert not rounds_inputs(dict.fromkeys(others, "int4.g16"))
 
     def chosen(for_weights: bool) -> dict[str, str]:
         choices = choose_for_recipe(
