@@ -174,7 +174,8 @@ def assert_scores(found: LayerScore, corpus: str, expected: Expected) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 rows, the last one of 8, and outer products of 3 rows and a chunk at a time."""
     monkeypatch.setattr(prepared, "_BLOCK_ELEMENTS", 16 * IN)
-    monkeypatch.setattr(prepared, "_DELTA_BLOCK_ROWS", 8)
+    monkeypatch.setattr(prepared, "_MOST_BLOCK_ELEMENTS", 16 * IN)
+    monkeypatch.setattr(prepared, "_BLOCK_ROWS", 8)
     monkeypatch.setattr(scoring, "_RUN_BYTES", 1)
     monkeypatch.setattr(scoring, "_ROWS", 3)
 

@@ -243,7 +243,8 @@ def test_law_7_shards_threads_and_kills_change_no_byte_of_the_table(
     folder = tiny(family)
     calibrate_folder(folder, tmp_path / "stats", {"a": some_tokens(2, 16)})
     # Several blocks of rows in every layer.
-    monkeypatch.setattr("mofq.evidence.measure.layer_inputs._BLOCK_ELEMENTS", 64 * 128)
+    for name in ("_BLOCK_ELEMENTS", "_MOST_BLOCK_ELEMENTS"):
+        monkeypatch.setattr(f"mofq.evidence.measure.layer_inputs.{name}", 64 * 128)
     expected = fill_table(folder, tmp_path / "stats", tmp_path / "whole.jsonl")
     for seed, (threads, kill) in enumerate([(1, 3), (2, 0), (2, 1), (3, 2)]):
         shuffled = shuffle_shards(folder, tmp_path / str(seed) / family, seed=seed)

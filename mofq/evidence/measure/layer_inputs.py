@@ -20,15 +20,14 @@ from mofq.numbers.quantize.rounding_errors import Pass, is_candidate, tile_rows
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, TensorScheme
 
-#: Elements of a block of rows, unless those were fewer rows than `_DELTA_BLOCK_ROWS`.
-_BLOCK_ELEMENTS = 2**18
+#: Elements of a block of rows, unless those were fewer rows than `_BLOCK_ROWS`; or than
+#: `_PRODUCT_ROWS`, as a product of fewer is slower for each, up to so many elements.
+_BLOCK_ELEMENTS, _MOST_BLOCK_ELEMENTS = 2**18, 2**20
 #: The same where a block's rounding errors themselves are not kept.
 _SUMS_BLOCK_ELEMENTS = 2**20
 #: The same on a GPU, which has less to do between two launches of a kernel.
 _GPU_BLOCK_ELEMENTS = 2**24
-#: Rows of a block at least, and where its rounding errors are multiplied out: a product of fewer
-#: rows is slower for each.
-_BLOCK_ROWS, _DELTA_BLOCK_ROWS = 64, 128
+_BLOCK_ROWS, _PRODUCT_ROWS = 64, 128
 #: At least, where rounding goes column by column: one step costs about the same for any rows.
 _FEEDBACK_ROWS = 1024
 #: The same on a GPU: all rows of most layers.
@@ -177,10 +176,12 @@ def prepare_layer(
     )
 
 
-def _block_elements(device: str, *, needs_deltas: bool) -> int:
+def _block_elements(in_features: int, device: str, *, needs_deltas: bool) -> int:
     if device != "cpu":
         return _GPU_BLOCK_ELEMENTS
-    return _BLOCK_ELEMENTS if needs_deltas else _SUMS_BLOCK_ELEMENTS
+    if not needs_deltas:
+        return _SUMS_BLOCK_ELEMENTS
+    return max(_BLOCK_ELEMENTS, min(_PRODUCT_ROWS * in_features, _MOST_BLOCK_ELEMENTS))
 
 
 def _blocks(
@@ -188,12 +189,11 @@ def _blocks(
 ) -> tuple[tuple[int, int], ...]:
     """Ranges of rows of a fixed size, in whole tiles of every scheme."""
     out_features, in_features = shape
-    elements = _block_elements(device, needs_deltas=needs_deltas)
+    elements = _block_elements(in_features, device, needs_deltas=needs_deltas)
     if any(weight.rounds_by_hessian for weight in weights):
         rows = _FEEDBACK_ROWS if device == "cpu" else _GPU_FEEDBACK_ROWS
         elements = max(elements, rows * in_features)
-    least = _DELTA_BLOCK_ROWS if needs_deltas else _BLOCK_ROWS
-    unit = math.lcm(least, tile_rows(weights))
+    unit = math.lcm(_BLOCK_ROWS, tile_rows(weights))
     return tuple(row_blocks(out_features, in_features, elements=elements, tile_rows=unit))
 
 
