@@ -6,8 +6,8 @@
     Beside each scheme that rounds its fitted twin (`mofq.evidence.fitted_space`): what it costs is
     guessed, and measured where a search chooses it (`mofq.decision.guessed_rows`), first in a few
     fusion groups of each kind, until the search chooses nothing that is not measured.
-    Where the best recipe rounds inputs of most weights, it is rewritten for them, and rotated
-    (`run_evidence`). What was found is tuned (`run_delivery`).
+    Where the best recipe rounds the inputs of most weights, the model is rewritten for them, and
+    rotated (`run_evidence`). What was found is tuned (`run_delivery`).
 ``best``
     Every twin in every fusion group, of the model as it is and rewritten, with four times the
     samples kept.

@@ -4,8 +4,8 @@ A rewriting (`mofq.delivery.rewriting`) moves scales between tensors, or rotates
 stays. Scales are chosen under the schemes that a search chooses for the model before they move, its
 statistics follow from those that are there, and its schemes are measured into a table of its own.
 The model whose best recipe is predicted to cost least goes on. Where that of the model as it is
-rounds inputs, and always with ``best``, the model is rotated too, and scales move in the rotated
-one.
+rounds the inputs of most weights, scales move, and the model is rotated too, and scales move in the
+rotated one; with ``best`` always.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def wide_layer(inputs: int, rows: int, tokens: int, threads: int, scheme: str) -
         run_all = run_on(pool)
 
         def factorise() -> None:
-            found.append(factorise_flipped(total_II, run_all=run_all))
+            keep = weight.rounding == "descent"
+            found.append(factorise_flipped(total_II, run_all=run_all, keep=keep))
 
         def quantize(start: int) -> None:
             fake_quantize_weight(weight_OI[start : start + ROWS], weight, feedback=found[0])
