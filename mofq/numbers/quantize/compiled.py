@@ -2,9 +2,9 @@
 
 On the CPU the program is made ahead of time, once for a set of schemes and for all shapes,
 and kept in a folder: the next process loads it in milliseconds, without the compiler's own
-modules, and it runs without Python's lock, so that blocks are worked on side by side. Many
-schemes are several programs, which take turns over a block that stays in the cache. On a GPU
-``torch.compile`` makes it when it is first called.
+modules, and it runs without Python's lock (`compiled_library`), so that blocks are worked on side
+by side. Many schemes are several programs, which take turns over a block that stays in the cache.
+On a GPU ``torch.compile`` makes it when it is first called.
 
 Nothing is compiled that would change a bit: no contraction into fused multiply-adds, no
 approximate division, no flushing of subnormal numbers.
@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import os
 import platform
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,11 @@ from torch import Tensor
 
 from mofq.exceptions import first_line
 from mofq.files.progress import Tell, silent
+from mofq.numbers.quantize.compiled_library import (
+    CompiledLibrary,
+    load_library,
+    unpack_library,
+)
 from mofq.numbers.quantize.rounding_errors import (
     Pass,
     band_rows,
@@ -109,7 +113,8 @@ def pass_maker(*, device: str = "cpu", tell: Tell = silent) -> PassMaker:
             return eager_pass(kind, schemes)
         seconds = eager_seconds(schemes, elements, is_cpu=is_cpu)
         programs = _programs(kind, schemes, dtype)
-        is_there = is_cpu and all(program.path.is_file() for program in programs)
+        paths = [program.path for program in programs]
+        is_there = is_cpu and all(path.is_file() for path in paths)
         if not is_there and wish != "1" and seconds <= _WORTH_SECONDS:
             return eager_pass(kind, schemes)
         try:
@@ -123,11 +128,11 @@ def pass_maker(*, device: str = "cpu", tell: Tell = silent) -> PassMaker:
                 )
                 for program in programs:
                     _build(program)
+            return partial(_run, [partial(_call, load_library(path)) for path in paths], dtype)
         except Exception as error:  # the same numbers can be had without a compiler
             failed.append(first_line(error))
             tell(f"It cannot be compiled, and takes longer: {failed[0]}.")
             return eager_pass(kind, schemes)
-        return partial(_run, [partial(_run_file, str(one.path)) for one in programs], dtype)
 
     return make
 
@@ -165,7 +170,7 @@ def _programs(
         is_last = stop >= len(schemes)
         of = deltas_pass(some) if kind == "deltas" else errors_pass(some, with_weights=is_last)
         key = _key(kind, *map(repr, some), rows, columns, dtype, is_last)
-        programs.append(_Program(_kernel_folder() / f"{key}.pt2", of, rows, columns, dtype))
+        programs.append(_Program(_kernel_folder() / f"{key}.so", of, rows, columns, dtype))
     return tuple(programs)
 
 
@@ -181,17 +186,8 @@ def _run(
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _run_file(path: str, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
-    # Not by the model's own call, which reads its signature again each time.
-    loader = _loaded(path, threading.get_ident()).loader
-    result: Tensor = loader.boxed_run([x_ARJK, tensor_amax])[0]
-    return result
-
-
-@lru_cache(maxsize=256)
-def _loaded(path: str, thread: int) -> Any:
-    """The program, for one thread: a second caller of the same one would wait for the first."""
-    return torch._inductor.aoti_load_package(path)
+def _call(library: CompiledLibrary, x_ARJK: Tensor, tensor_amax: Tensor) -> Tensor:
+    return library([x_ARJK, tensor_amax])
 
 
 def _build(program: _Program) -> None:
@@ -207,17 +203,19 @@ def _build(program: _Program) -> None:
 
 
 def _export(program: _Program) -> None:
-    unfinished = program.path.with_suffix(".partial.pt2")
+    package, unfinished = (program.path.with_suffix(f".partial.{s}") for s in ("pt2", "so"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch._inductor.aoti_compile_and_package(
                 _exported(program, "cpu"),
-                package_path=str(unfinished),
+                package_path=str(package),
                 inductor_configs=_known(_CPU_OPTIONS),
             )
+        unpack_library(package, unfinished)
         os.replace(unfinished, program.path)
     finally:
+        package.unlink(missing_ok=True)
         unfinished.unlink(missing_ok=True)
 
 
