@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _BEST_STEPS = 128
 #: And with `normal`, from a predicted KL [nats per token] on: the more is lost, the more they gain
 #: (docs/rounding-and-rewrites.md).
-_NORMAL_STEPS = {0.05: 32, 0.005: 8}
+_NORMAL_STEPS = {0.1: 32, 0.05: 8}
 _LEAST_TUNED = min(_NORMAL_STEPS)
 #: What a recipe notes of the request, beside its budget.
 _ASKED = (

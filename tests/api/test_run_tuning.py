@@ -62,7 +62,7 @@ def remarks(run: CheckedRun, folder: Path, *, kl: float = 0.25, **options: Any) 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"kl": 0.004}, "0.004 nats per token are predicted, and of less than 0.005 there is"),
+        ({"kl": 0.04}, "0.04 nats per token are predicted, and of less than 0.05 there is"),
         ({"execution": "streamed"}, "32 steps would read and quantize all of it 64 times."),
         ({"no_stats": True}, "the model is run layer by layer, and 32 steps would read"),
         ({"execution": "spread"}, "execution=spread spreads the model"),
@@ -96,7 +96,7 @@ def test_a_run_whose_tuning_fails_goes_on_with_what_it_found(
 
 
 @pytest.mark.parametrize(
-    ("kl", "steps"), [(None, 32), (0.05, 32), (0.049, 8), (0.005, 8), (0.0049, 0)]
+    ("kl", "steps"), [(None, 32), (0.1, 32), (0.099, 8), (0.05, 8), (0.049, 0)]
 )
 def test_normal_makes_more_steps_where_more_is_lost(kl: float | None, steps: int) -> None:
     assert run_delivery._steps("normal", kl) == steps
