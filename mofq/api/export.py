@@ -155,12 +155,15 @@ def _measured(
     from mofq.delivery.validation import Validation, read_validation
 
     found = source if isinstance(source, Validation) else read_validation(source)
+    models = [model.index_sha256]
+    if loaded.rewriting is not None:  # and is validated against the model before
+        models.append(loaded.rewriting.index_sha256)
     texts = [recipe_text(loaded)]
     if not isinstance(recipe, Recipe):
         texts.append(Path(recipe).read_text("utf-8"))
     if found.lineage.recipe_sha256 not in [sha256(one.encode()).hexdigest() for one in texts]:
         wrong = "of another recipe"
-    elif found.lineage.index_sha256 != model.index_sha256:
+    elif found.lineage.index_sha256 not in models:
         wrong = "of another model"
     elif not found.enforced:
         wrong = "of a model that was not as the recipe says"

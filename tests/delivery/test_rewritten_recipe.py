@@ -15,6 +15,7 @@ from exported import uniform_recipe
 from families import copy_with_tensors
 from torch import Tensor
 
+from mofq.api import export
 from mofq.decision.recipe import (
     EDITED,
     Recipe,
@@ -30,9 +31,11 @@ from mofq.delivery.rewriting.choose_scales import choose_best, choose_scales, sc
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
 from mofq.delivery.rewriting.moved_stats import write_moved_stats
 from mofq.delivery.rewriting.remake import Base, base_of, make_base, rewriting_of
+from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
 from mofq.delivery.rewriting.sites import find_sites
-from mofq.delivery.validation import find_deviations
+from mofq.delivery.validation import find_deviations, validate_many
 from mofq.evidence.calibration.stats import Stats, read_stats
+from mofq.evidence.corpora import load_text
 from mofq.exceptions import MofqError, RecipeError, RewriteError, StatsError
 from mofq.model.checkpoint.headers import Checkpoint, open_checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -274,3 +277,51 @@ def test_statistics_with_a_kv_cache_are_not_moved(model: Path, tmp_path: Path) -
     stats = calibrate_folder(model, tmp_path / "cached", {"a": some_tokens(2, 24)}, kv_cache=True)
     with pytest.raises(RewriteError, match="samples of the KV cache"):
         write_moved_stats(stats, open_checkpoint(str(model)), (), tmp_path / "out")
+
+
+def test_a_validation_against_the_original_goes_with_the_model_that_was_rotated(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """A rotated lm_head is no longer tied, so that the two models have other tensors."""
+    folder = tiny("llama", tie_word_embeddings=True)
+    original = open_checkpoint(str(folder))
+    stats = calibrate_folder(folder, tmp_path / "stats", {"a": some_tokens(4, 24)}, inputs=True)
+    rotation = rotated_model(plan_rotation(original, 3), 3)
+    rewriting = rewriting_of(original, stats, (), rotation=rotation)
+    base = make_base(rewriting, original, stats, folders=(tmp_path / "b", tmp_path / "b.stats"))
+    assert base.checkpoint.index_sha256 != original.index_sha256
+    recipe = replace(
+        uniform_recipe(base.checkpoint, INT8),
+        weights_sha256=hash_weights(base.checkpoint),
+        rewriting=rewriting,
+    )
+    (validation,) = validate_many(
+        str(folder),
+        [recipe],
+        load_text("demo-en"),
+        tokens=48,
+        sequence_length=24,
+        stats=stats.folder,
+    )
+    for model, by in ((base.checkpoint.folder, base.stats), (folder, stats.folder)):
+        done = export(
+            str(model),
+            recipe,
+            tmp_path / f"of-{Path(model).name}",
+            to="compressed-tensors",
+            stats=by,
+            validations=[validation],
+        )
+        assert done.checkpoint is not None
+        card = (done.checkpoint.folder / "README.md").read_text("utf-8")
+        assert "demo-en" in card
+    other = replace(validation.lineage, index_sha256="0" * 64)
+    with pytest.raises(MofqError, match="is a validation of another model"):
+        export(
+            str(folder),
+            recipe,
+            tmp_path / "other",
+            to="compressed-tensors",
+            stats=stats.folder,
+            validations=[replace(validation, lineage=other)],
+        )
