@@ -253,6 +253,8 @@ def run(
 
 def _run(run: CheckedRun, files: RunFiles) -> RunResult:
     """The stages, in their order."""
+    from mofq.delivery.validation.streamed import drop_unfinished
+
     asked, request, timed = run.options, run.options.request, Timed()
     is_stored = stores_stats(run, files)
     if is_stored:
@@ -284,9 +286,8 @@ def _run(run: CheckedRun, files: RunFiles) -> RunResult:
             exported = export_recipe(asked, files, candidates[name], subject, validations[name])
     # Last, when all is well: a run that fails leaves the folder as it was.
     write_results(files, candidates[name], validations, chosen=name)
+    drop_unfinished(files.validating)
     if "tune" in timed.seconds:
-        from mofq.delivery.validation.streamed import drop_unfinished
-
         drop_unfinished(files.tuning)
     return RunResult(
         files=files,

@@ -265,7 +265,7 @@ def validate_candidates(
         stats=subject.stats,
         rewritten=rewritten,
         execution=asked.forward_execution,
-        work=files.folder / ".streamed",
+        work=files.validating,
         progress=asked.progress,
         tell=asked.tell,
     )

@@ -68,6 +68,11 @@ class RunFiles:
         return self.folder / ".tuning"
 
     @property
+    def validating(self) -> Path:
+        """What a validation layer by layer keeps until the run ends: its export may fail."""
+        return self.folder / ".streamed"
+
+    @property
     def table(self) -> Path:
         """What was measured, for all requests."""
         return self.folder / "table.jsonl"

@@ -111,12 +111,14 @@ def validate(
     recipe = find_recipe(recipe_or_folder)
     # From here on torch is imported, which takes seconds.
     from mofq.delivery.validation import validate_many, write_validation
+    from mofq.delivery.validation.streamed import drop_unfinished
 
     check_device(running.device)
     tasks = _tasks(lm_eval)
     validations: dict[str, Validation] = {}
     for corpus in corpora:
         path = outputs.get(corpus.name)
+        work = path and path.with_name(f".{path.name}.streamed")
         (validations[corpus.name],) = validate_many(
             str(model),
             [recipe_or_folder],
@@ -133,12 +135,13 @@ def validate(
             stats=stats,
             execution=execution,
             # Where a run that was stopped is continued: beside what it will write.
-            work=path and path.with_name(f".{path.name}.streamed"),
+            work=work,
             progress=progress,
             tell=tell,
         )
-        if path is not None:
+        if path is not None and work is not None:
             write_validation(validations[corpus.name], path)
+            drop_unfinished(work)
     return ValidateResult(
         str(model), recipe_or_folder, recipe, validations, tuple(outputs.values())
     )

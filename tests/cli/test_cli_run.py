@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +23,7 @@ from mofq.cli.show.terminal import Bars
 from mofq.decision.recipe import RecipeResult, write_recipe
 from mofq.delivery.validation import read_validation
 from mofq.exceptions import MofqError
+from mofq.model.streaming.weights import UnitWeights
 
 TEXT = ("--sequences", "4", "--sequence-length", "64", "--tokens", "256")
 #: What is asked of runs has nothing to do with how much they try.
@@ -273,6 +275,30 @@ def test_a_run_layer_by_layer_moves_scales_too(tmp_path: Path) -> None:
     content = ok(*run, "--execution", "streamed", "-o", folder, "--json").json
     assert content["enforced"] is True
     assert package.load_recipe(folder / "recipe.yaml").rewriting is not None
+
+
+def test_a_run_whose_export_failed_does_not_validate_layer_by_layer_again(tmp_path: Path) -> None:
+    folder, loaded, units = tmp_path / "run", UnitWeights.loaded, list[str]()
+    made = ("run", DEMO, "--space", "w4a16", "--max-bits", "9", "--engine", "vllm-cpu", *SMALL)
+    run = (*made, "--execution", "streamed", "--rivals", "0", "-o", folder)
+
+    def noted(self: UnitWeights, unit: str, **more: Any) -> Any:
+        units.append(unit)
+        return loaded(self, unit, **more)
+
+    with patch("mofq.api.run.export_recipe", side_effect=MofqError("the disk is full")):
+        ran = mofq(*run)
+    assert (ran.code, ran.err.splitlines()[-1]) == (1, "Error: the disk is full")
+    with patch.object(UnitWeights, "loaded", noted):
+        content = ok(*run, "--json").json
+    assert set(units) == {"lm_head"}
+    assert content["enforced"] is True
+    assert not (folder / ".streamed").exists()
+    # All is done: another run validates anew.
+    with patch.object(UnitWeights, "loaded", noted):
+        again = ok(*run, "--json").json
+    assert "model.layers.0" in units
+    assert again["kl_nats_per_token"] == content["kl_nats_per_token"]
 
 
 def test_efforts_that_there_are_not_and_texts_of_one_sequence_are_refused_before_anything_is_run(

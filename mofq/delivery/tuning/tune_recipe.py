@@ -140,7 +140,7 @@ def tune_recipe(
         )
         folder, model = None, None
         if is_streamed:
-            folder = stack.enter_context(work_folder(work, asked.identity(), stays=True))
+            folder = stack.enter_context(work_folder(work, asked.identity()))
             if (folder / _DONE).exists():
                 return _tuned_recipe(replace(load_recipe(folder / _DONE), file=recipe.file))
             model = _streamed(stack, asked, folder)

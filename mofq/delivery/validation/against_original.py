@@ -90,7 +90,8 @@ def validate_many(
         rewritten: What recipes with a rewriting are applied to, where it is there already; None:
             it is made again.
         execution: ``resident``, ``streamed``, or ``auto``: as free memory allows.
-        work: Where a streamed run keeps what it needs to be continued; None: nowhere.
+        work: Where a streamed run keeps what it needs to be continued, until `drop_unfinished`,
+            which is called when the results are written; None: nowhere.
         progress: Called with a stage, what is done of it, and all of it.
         tell: Called with remarks on the text, and on how the models are run.
 
@@ -162,10 +163,6 @@ def validate_many(
                 )
                 for number, each in enumerate(opened)
             )
-    if work is not None:
-        from mofq.delivery.validation.streamed import drop_unfinished
-
-        drop_unfinished(work)
     return validations
 
 

@@ -141,7 +141,7 @@ def validate_streamed(
         bos: Whether windows begin with it.
         dtype: Of the arithmetic.
         device: Where it runs.
-        work: What is kept between layers lies here until all is done, so that a run that was
+        work: What is kept between layers lies here until `drop_unfinished`, so that a run that was
             stopped goes on; None: in a temporary folder.
         progress: Called with ``"validate"``, units done, units in all.
         tell: Called with remarks on the text, and on what the disk has to hold.
@@ -523,13 +523,14 @@ def _identity(candidate: Candidate) -> list[str | None]:
 
 
 @contextmanager
-def work_folder(work: Path | None, asked: object, *, stays: bool = False) -> Iterator[Path]:
+def work_folder(work: Path | None, asked: object) -> Iterator[Path]:
     """A folder for what is kept between layers; one of a run that asked the same is continued.
+
+    It stays until `drop_unfinished`.
 
     Args:
         work: Has it, and no other; None: it is a temporary one.
         asked: All that decides what is kept.
-        stays: Whether it is there afterwards.
     """
     if work is None:
         with tempfile.TemporaryDirectory(prefix="mofq-") as temporary:
@@ -544,8 +545,6 @@ def work_folder(work: Path | None, asked: object, *, stays: bool = False) -> Ite
                 shutil.rmtree(other, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         yield folder
-        if not stays:
-            shutil.rmtree(work)
 
 
 def drop_unfinished(work: Path) -> None:
