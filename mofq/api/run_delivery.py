@@ -199,7 +199,7 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
     steps = _steps(asked.effort, kl)
     if not steps:
         return (
-            f"{kl:.2g} nats per token are predicted, and of less than {_LEAST_TUNED:g} there is "
+            f"{kl:.3g} nats per token are predicted, and of less than {_LEAST_TUNED:g} there is "
             f"little to gain for its time"
         )
     if asked.request.budgets.max_kl is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from mofq.numbers.quantize import (
     scale_rules,
 )
 from mofq.numbers.quantize.compiled import Kind, pass_maker
+from mofq.numbers.quantize.compiled_library import unpack_library
 from mofq.numbers.quantize.rounding import codebook_values, divide, nearest_code
 from mofq.numbers.quantize.rounding_errors import (
     band_rows,
@@ -238,6 +241,24 @@ def test_a_compiled_pass_leaves_pythons_lock_to_others(own_cache: Path) -> None:
     assert len(done) == calls
     assert seen < calls
     assert all(torch.equal(bits(one), bits(done[0])) for one in done)
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a crash of the machine leaves of one ends the process that loads it (SIGBUS)."""
+    package, library = tmp_path / "package.pt2", tmp_path / "library.so"
+    with ZipFile(package, "w") as files:
+        files.writestr("data/model.so", b"library")
+        files.writestr("data/model.cpp", b"source")
+    flushed: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append(library.read_bytes()))
+    unpack_library(package, library)
+    assert flushed == [b"library"] == [library.read_bytes()]
+    with ZipFile(package, "a") as files:
+        files.writestr("data/other.so", b"another")
+    with pytest.raises(ValueError, match="has 2 libraries, not 1"):
+        unpack_library(package, library)
 
 
 def test_without_a_compiler_the_same_code_runs_as_it_is_and_says_so_once(

@@ -8,6 +8,7 @@ interface, `torch/csrc/inductor/aoti_runtime/interface.h`, and ctypes gives the 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,9 @@ _capsule_of.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 def unpack_library(package: Path, library: Path) -> None:
-    """Write the shared library of a package that ``aoti_compile_and_package`` made.
+    """Write the shared library of a package that ``aoti_compile_and_package`` made, to the disk.
+
+    Loading what a crash of the machine left of one may end the process.
 
     Raises:
         ValueError: It has none, or several.
@@ -33,7 +36,10 @@ def unpack_library(package: Path, library: Path) -> None:
         names = [name for name in files.namelist() if name.endswith(".so")]
         if len(names) != 1:
             raise ValueError(f"{package} has {len(names)} libraries, not 1.")
-        library.write_bytes(files.read(names[0]))
+        with library.open("wb") as file:
+            file.write(files.read(names[0]))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class CompiledLibrary:
