@@ -57,7 +57,17 @@ DOWN = FusionGroup("layers.0.mlp.down", (layer("l.0.down_proj", 576, 1536),))
 
 @pytest.mark.parametrize(
     "name",
-    ["w8a8", "w8a8_finer", "w4a16", "w4w8_mixed", "blackwell_fp4", "llama3_70b_w8a8", "serving"],
+    [
+        "w8a8",
+        "w8a8_finer",
+        "w4a16",
+        "w4w8_mixed",
+        "blackwell_fp4",
+        "w4a4",
+        "w4a8",
+        "llama3_70b_w8a8",
+        "serving",
+    ],
 )
 def test_every_shipped_space_loads_and_says_what_it_is_for(name: str) -> None:
     found = load_search_space(name)

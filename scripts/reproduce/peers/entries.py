@@ -87,6 +87,9 @@ ENTRIES = (
     _mofq("6", *_ENGINE, "6"),
     _mofq("8", *_ENGINE, "8.25"),
     _mofq("W8A8", *_ENGINE, "8.25", "--space", "w8a8"),
+    _mofq("W4A8", "--max-bits", "4.5", "--space", "w4a8"),
+    # NVFP4 has a scale for each layer beside 4.5 bits.
+    _mofq("W4A4", "--engine", "vllm-blackwell", "--max-bits", "4.51", "--space", "w4a4"),
     _torchao("int4-g32", "4.5", "INT4 g32", _INTX, weight_dtype="int4", granularity=32),
     _torchao("int4-g64", "4.25", "INT4 g64", _INTX, weight_dtype="int4", granularity=64),
     _torchao(
