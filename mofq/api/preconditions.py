@@ -37,7 +37,7 @@ def check_device(device: str) -> None:
         ) from error
     try:
         float(torch.ones(1, device=device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise MofqError(
             f"{option('device', device)}: cannot be used here ({first_line(error)}). Give cpu, "
             f"cuda or cuda:1."

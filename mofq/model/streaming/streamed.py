@@ -150,7 +150,7 @@ def open_streamed(
         if _HOW in problem.template:  # of another model, opened inside
             raise
         raise _cannot(folder, problem.template) from problem
-    except (RuntimeError, NotImplementedError) as problem:
+    except RuntimeError as problem:
         if "meta tensor" not in str(problem):
             raise
         # Code of the model that looks at a weight past the module that has it.
