@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from mofq.delivery.validation import Validation
     from mofq.evidence.table import Table
 
-#: Steps of tuning with the effort `best`.
-_BEST_STEPS = 128
-#: And with `normal`, from a predicted KL [nats per token] on: the more is lost, the more they gain
+#: Steps of tuning with the effort `best`, and with `normal`.
+_BEST_STEPS, _NORMAL_STEPS = 128, 32
+#: `normal` tunes from a predicted KL on [nats per token]: where less is lost, little is gained
 #: (docs/rounding-and-rewrites.md).
-_NORMAL_STEPS = {0.1: 32, 0.05: 8}
-_LEAST_TUNED = min(_NORMAL_STEPS)
+_LEAST_TUNED = 0.05
 #: What a recipe notes of the request, beside its budget.
 _ASKED = (
     "engine",
@@ -221,7 +220,7 @@ def _steps(effort: str, kl: float | None) -> int:
     """Steps of tuning that pay, by the predicted KL [nats per token]; 0 where none do."""
     if effort == "best":
         return _BEST_STEPS
-    return next((steps for least, steps in _NORMAL_STEPS.items() if kl is None or kl >= least), 0)
+    return _NORMAL_STEPS if kl is None or kl >= _LEAST_TUNED else 0
 
 
 def _is_streamed(run: CheckedRun) -> bool:

@@ -95,9 +95,7 @@ def test_a_run_whose_tuning_fails_goes_on_with_what_it_found(
     assert reason in told
 
 
-@pytest.mark.parametrize(
-    ("kl", "steps"), [(None, 32), (0.1, 32), (0.099, 8), (0.05, 8), (0.049, 0)]
-)
-def test_normal_makes_more_steps_where_more_is_lost(kl: float | None, steps: int) -> None:
+@pytest.mark.parametrize(("kl", "steps"), [(None, 32), (0.05, 32), (0.049, 0)])
+def test_normal_tunes_where_much_is_lost(kl: float | None, steps: int) -> None:
     assert run_delivery._steps("normal", kl) == steps
     assert run_delivery._steps("best", kl) == 128

@@ -24,6 +24,7 @@ from torch import Tensor
 from mofq.decision.recipe import Recipe, RecipeCache, RecipeGroup
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.even_steps import median_of
+from mofq.delivery.tuning.tune import send_divergence
 from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
 from mofq.exceptions import MofqError, StreamingError
 from mofq.files.documents import PART
@@ -64,6 +65,22 @@ def test_schemes_are_tuned_streamed_as_resident(scheme: str, tiny: TinyCheckpoin
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3", "gpt2"])
 def test_families_are_tuned_streamed_as_resident(family: str, tiny: TinyCheckpoint) -> None:
     check_same(tiny(family), "int4.g32+int8.token")
+
+
+@pytest.mark.parametrize("flags", ["fpu avx512_bf16", "fpu"])
+def test_products_of_steps_are_in_bfloat16_where_the_processor_has_them(
+    flags: str, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.numbers.processor.processor_flags", lambda: flags)
+    seen = set()
+
+    def send(logits_TV: Tensor, reference_TV: Tensor) -> None:
+        seen.add(logits_TV.dtype)
+        send_divergence(logits_TV, reference_TV)
+
+    monkeypatch.setattr("mofq.delivery.tuning.resident.send_divergence", send)
+    check_same(tiny("llama"))
+    assert seen == {torch.bfloat16 if "bf16" in flags else torch.float32}
 
 
 def test_norms_alone_are_tuned_streamed_as_resident(tiny: TinyCheckpoint) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mofq.delivery.tuning.codes import LearnedCodes
 from mofq.delivery.tuning.even_steps import EvenSteps
 from mofq.delivery.tuning.norms import Norm, TunedNorm
+from mofq.delivery.tuning.products import in_bfloat16
 from mofq.delivery.tuning.tune import BATCH, Rates, Split, send_divergence
 from mofq.delivery.validation.divergence import OriginalLogits, compare_windows
 from mofq.evidence.code_changes import CodeChanges
@@ -69,7 +70,8 @@ class Resident:
         device = self.model.get_input_embeddings().weight.device
         for index in indices:
             token_T = self.split.stepped_NT[index]
-            logits_TV = self.model(token_T[None].to(device)).logits[0]
+            with in_bfloat16(self.model, device):
+                logits_TV = self.model(token_T[None].to(device)).logits[0]
             send_divergence(logits_TV, self.stepped.read(index))
             self._tell()
         for norm, tuned in zip(self.norms, self._tuned, strict=True):

@@ -26,6 +26,7 @@ from mofq.delivery.apply.emulate import apply_group, prepare, put_group
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.tuning.codes import LearnedCodes, find_leaf, learned_layers
 from mofq.delivery.tuning.norms import TunedNorm, find_norms
+from mofq.delivery.tuning.products import in_bfloat16
 from mofq.delivery.tuning.tensors import replaced
 from mofq.delivery.tuning.tune import BATCH, Rates, Split, send_divergence
 from mofq.delivery.tuning.unit_states import OUTSIDE, UnitState, UnitStates
@@ -183,13 +184,14 @@ class Streamed:
 
     def _forward(self, sequences: Sequence[StreamedSequence], *, for_gradients: bool) -> int:
         """Run sequences through the quantized model up to its head; the step of that."""
-        step = self.base.forward(
-            sequences,
-            for_gradients=for_gradients,
-            forget=not for_gradients,
-            within=self._within,
-            on_step=lambda _: self.tell(),
-        )
+        with self._products() if for_gradients else nullcontext():
+            step = self.base.forward(
+                sequences,
+                for_gradients=for_gradients,
+                forget=not for_gradients,
+                within=self._within,
+                on_step=lambda _: self.tell(),
+            )
         seen: set[str] = set()
         for one in range(step):
             unit = _unit_at(sequences[0], one)
@@ -200,6 +202,10 @@ class Streamed:
             seen.add(unit)
         self.tell()
         return step
+
+    def _products(self) -> torch.autocast:
+        """In what a step multiplies matrices."""
+        return in_bfloat16(self.base.model, self.base.weights.device)
 
     def _tell_passes(self, count: int) -> None:
         """Of what was done before."""
@@ -271,7 +277,7 @@ class Streamed:
                 reference_TV = self._reference(index)
                 with turn.applied():
                     turn.want_gradients()
-                    with torch.enable_grad():
+                    with torch.enable_grad(), self._products():
                         logits_TV, leaves = self.base.replayer.finish(one.sequence, head)
                     send_divergence(logits_TV, reference_TV)
                 sent: Sent = {}
@@ -286,7 +292,8 @@ class Streamed:
         unit = _unit_at(gradients[0].sequence, step)
         if self._is_done(gradients, step, unit, number):
             return
-        call, _ = self.base.replayer.reach(gradients[0].sequence, step, with_gradients=True)
+        with self._products():
+            call, _ = self.base.replayer.reach(gradients[0].sequence, step, with_gradients=True)
         if not needs_gradients(call) and not self.states.is_learned(unit):
             for one in gradients:
                 one.keep(step, {}, writer=self.base.writer)
@@ -301,7 +308,8 @@ class Streamed:
             turn.want_gradients()
             for one in gradients:
                 sent: Sent = {}
-                back = StepBack(self.base.replayer, one.sequence, step)
+                with self._products():
+                    back = StepBack(self.base.replayer, one.sequence, step)
                 arrived = one.arrived(step, last=head)
                 back.send({index: grad[0] for index, grad in arrived.items()}, sent)
                 one.keep(step, sent, writer=self.base.writer)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from scipy.special import stdtrit
 from torch import Tensor
@@ -51,6 +52,7 @@ from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import ModelLayers
 from mofq.model.loading import load_model
 from mofq.model.streaming.execution import free_bytes, pass_bytes
+from mofq.numbers.processor import multiplies_bfloat16
 
 #: Of the memory that is free, and no less than a pass takes is left.
 _OF_FREE = 0.8
@@ -208,7 +210,11 @@ class _Asked:
             ],
             "steps": self.steps,
             "codes": self.codes,
-            "arithmetic": [self.plan.dtype, self.device],
+            "arithmetic": [
+                self.plan.dtype,
+                self.device,
+                multiplies_bfloat16(torch.device(self.device)),
+            ],
         }
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mofq.exceptions import first_line
 from mofq.files.progress import Tell, silent
+from mofq.numbers.processor import processor_flags
 from mofq.numbers.quantize.compiled_library import (
     CompiledLibrary,
     load_library,
@@ -316,9 +317,4 @@ def _source() -> bytes:
 @lru_cache(maxsize=1)
 def _processor() -> str:
     """What the compiler may use of it; a folder of kernels may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {flags}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor_flags()}"

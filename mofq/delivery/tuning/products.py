@@ -1,0 +1,31 @@
+"""Matrix products of tuning steps in bfloat16, where the device has instructions for them.
+
+The gradient of a step is noise for the most part, of the few sequences that it takes, and bfloat16
+adds little to it. What judges computes in the dtype that was asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from mofq.numbers.processor import multiplies_bfloat16
+
+#: Types whose code in transformers puts what products give into tensors of the model's own dtype.
+_ONE_DTYPE = {"xmod"}
+
+
+def in_bfloat16(model: PreTrainedModel, device: torch.device) -> torch.autocast:
+    """A context in which a float32 model multiplies matrices in bfloat16, where that is faster.
+
+    Args:
+        model: In no other dtype than float32 anything changes.
+        device: That it computes on.
+    """
+    helps = (
+        model.dtype == torch.float32
+        and multiplies_bfloat16(device)
+        and model.config.model_type not in _ONE_DTYPE
+    )
+    # Weights move between passes: what was cast before is no longer them.
+    return torch.autocast(device.type, torch.bfloat16, enabled=helps, cache_enabled=False)
