@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Steps of tuning with the effort `best`, and with `normal`.
 _BEST_STEPS, _NORMAL_STEPS = 128, 32
-#: `normal` tunes from a predicted KL on [nats per token]: where less is lost, little is gained
-#: (docs/rounding-and-rewrites.md).
+#: `normal` tunes from a predicted KL on [nats per token]: where less is lost, less can be gained in
+#: the same time (docs/rounding-and-rewrites.md).
 _LEAST_TUNED = 0.05
 #: What a recipe notes of the request, beside its budget.
 _ASKED = (
@@ -196,10 +196,14 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
     """Why a recipe is not tuned in a run; None where they are."""
     asked, kl = run.options, recipe.kl_nats_per_token
     steps = _steps(asked.effort, kl)
+    instead = (
+        f"{option('effort', 'best')} tunes it nevertheless, and so does `mofq tune` with the "
+        f"recipe that is written"
+    )
     if not steps:
         return (
-            f"{kl:.3g} nats per token are predicted, and of less than {_LEAST_TUNED:g} there is "
-            f"little to gain for its time"
+            f"{kl:.3g} nats per token are predicted, and below {_LEAST_TUNED:g} the time is saved. "
+            f"{instead}"
         )
     if asked.request.budgets.max_kl is not None:
         return "a budget in nats is proved of the recipe as it was found"
@@ -210,8 +214,7 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
     if asked.effort != "best" and (asked.no_stats or _is_streamed(run)):
         return (
             f"the model is run layer by layer, and {steps} steps would read and quantize all of "
-            f"it {2 * steps} times. {option('effort', 'best')} tunes it nevertheless, and so does "
-            f"`mofq tune` with the recipe that is written"
+            f"it {2 * steps} times. {instead}"
         )
     return None
 

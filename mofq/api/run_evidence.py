@@ -112,7 +112,10 @@ def gather_evidence(
     with timed("measure") as seconds:
         table = rows_for(measure(subject, {}), twins, {})
     first = Measured.of(subject, table, request)
-    rounded = Tried.of("codes rounded to nearest", first.decision, seconds())
+    own = (scheme for scheme in run.offered.space.schemes if scheme.name not in twins)
+    is_fitted = any(scheme.is_fitted for scheme in own)
+    name = "schemes of the search space" if is_fitted else "codes rounded to nearest"
+    rounded = Tried.of(name, first.decision, seconds())
     going_on = [first]
     rewritten: list[tuple[Measured, Tried]] = []
     if is_stored and may_be_rewritten(run):
