@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mofq.numbers.processor import multiplies_bfloat16
 
 #: Types whose code in transformers puts what products give into tensors of the model's own dtype.
-_ONE_DTYPE = {"xmod"}
+_ONE_DTYPE = {"dbrx", "xmod"}
 
 
 def in_bfloat16(model: PreTrainedModel, device: torch.device) -> torch.autocast:
