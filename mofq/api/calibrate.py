@@ -304,6 +304,7 @@ def chosen_execution(
     plan: Plan,
     *,
     device: str,
+    more_bytes: int = 0,
     unless: str | None = None,
     free: Callable[[str], int | None] | None = None,
 ) -> Chosen:
@@ -315,7 +316,7 @@ def chosen_execution(
         checkpoint,
         dtype=plan.dtype,
         device=device,
-        more_bytes=pass_bytes(checkpoint, layers, plan.sequence_length),
+        more_bytes=pass_bytes(checkpoint, layers, plan.sequence_length) + more_bytes,
         unless=unless,
         free=free,
     )

@@ -227,9 +227,15 @@ def _steps(effort: str, kl: float | None) -> int:
 
 
 def _is_streamed(run: CheckedRun) -> bool:
-    """Whether gradients flow through the model layer by layer."""
+    """Whether the model is tuned layer by layer."""
+    from mofq.delivery.tuning.products import copies_bytes
+
     asked, device = run.options, run.options.running.device
-    found = chosen_execution(asked.execution, run.checkpoint, run.layers, run.plan, device=device)
+    found = chosen_execution(
+        *(asked.execution, run.checkpoint, run.layers, run.plan),
+        device=device,
+        more_bytes=copies_bytes(run.checkpoint, dtype=run.plan.dtype, device=device),
+    )
     return found.is_streamed
 
 

@@ -122,6 +122,7 @@ def tune(
 
     from mofq.delivery.recipe_layers import find_recipe_layers
     from mofq.delivery.rewriting.remake import base_of
+    from mofq.delivery.tuning.products import copies_bytes
     from mofq.delivery.tuning.tune_recipe import tune_recipe
     from mofq.delivery.validation.streamed import drop_unfinished
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -135,7 +136,11 @@ def tune(
         plan, windows = plan_calibration(
             checkpoint, layers, texts, samples=samples, dtype=running.dtype, kv_cache=False
         )
-        chosen = chosen_execution(execution, checkpoint, layers, plan, device=running.device)
+        chosen = chosen_execution(
+            *(execution, checkpoint, layers, plan),
+            device=running.device,
+            more_bytes=copies_bytes(checkpoint, dtype=plan.dtype, device=running.device),
+        )
         if chosen.remark is not None:
             tell(chosen.remark)
         # Where a tuning that was stopped is continued: beside what it will write.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from mofq.api.run_delivery import tune_where_it_helps
 from mofq.api.run_evidence import Subject
 from mofq.api.run_folder import RunFiles
 from mofq.api.run_request import CheckedRun, RunOptions, check_run
+from mofq.api.tune import tune
 from mofq.decision.recipe import RecipeResult
 from mofq.evidence.spaces import parse_search_space
 from mofq.exceptions import MofqError
+from mofq.model.streaming.execution import model_bytes, pass_bytes
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,33 @@ def test_what_would_take_long_or_gain_little_is_not_tuned(
     (told,) = remarks(run, tmp_path, **options)
     assert told.startswith("The recipe is not tuned: ")
     assert reason in told
+
+
+@pytest.mark.parametrize(("flags", "is_streamed"), [("fpu", False), ("fpu avx512_bf16", True)])
+def test_copies_of_weights_in_bfloat16_count_where_a_model_is_tuned(
+    flags: str, is_streamed: bool, run: CheckedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = pass_bytes(run.checkpoint, run.layers, run.plan.sequence_length)
+    needed = model_bytes(run.checkpoint, "float32") + passes
+    monkeypatch.setattr(
+        "mofq.model.streaming.execution.free_bytes", lambda _: int(needed / 0.8) + 9
+    )
+    monkeypatch.setattr("mofq.numbers.processor.processor_flags", lambda: flags)
+    asked = replace(run.options, execution="auto")
+    assert run_delivery._is_streamed(replace(run, options=asked)) == is_streamed
+    seen = []
+
+    def chosen(*_: object, **given: Any) -> None:
+        seen.append(given["more_bytes"] > 0)
+        raise MofqError("enough")
+
+    module = sys.modules[tune.__module__]
+    monkeypatch.setattr(module, "chosen_execution", chosen)
+    recipe = recipe_of(run.checkpoint, "int4.g32")
+    monkeypatch.setattr(module, "open_recipe", lambda _: recipe)
+    with pytest.raises(MofqError, match="enough"):
+        tune(str(DEMO), "recipe.yaml", ["en=demo-en-calibration"])
+    assert seen == [is_streamed]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from mofq.model.checkpoint.headers import Checkpoint
+from mofq.model.streaming.execution import model_bytes
 from mofq.numbers.processor import multiplies_bfloat16
 
 #: Types whose code in transformers puts what products give into tensors of the model's own dtype.
-_ONE_DTYPE = {"xmod"}
+_ONE_DTYPE = {"dbrx", "xmod"}
 
 
 def in_bfloat16(model: PreTrainedModel, device: torch.device) -> torch.autocast:
@@ -29,3 +31,18 @@ def in_bfloat16(model: PreTrainedModel, device: torch.device) -> torch.autocast:
     )
     # Weights move between passes: what was cast before is no longer them.
     return torch.autocast(device.type, torch.bfloat16, enabled=helps, cache_enabled=False)
+
+
+def copies_bytes(checkpoint: Checkpoint, *, dtype: str, device: str) -> int:
+    """What a step takes for its products beside a model that is in memory whole, at most.
+
+    Autograd keeps each matrix as it multiplied, until it runs backward through it.
+
+    Args:
+        checkpoint: The model.
+        dtype: Of the arithmetic that was asked for.
+        device: Where it runs.
+    """
+    if dtype != "float32" or not multiplies_bfloat16(torch.device(device)):
+        return 0
+    return model_bytes(checkpoint, "bfloat16")

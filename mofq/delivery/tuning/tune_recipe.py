@@ -30,6 +30,7 @@ from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
 from mofq.delivery.tuning.norms import find_norms
+from mofq.delivery.tuning.products import copies_bytes
 from mofq.delivery.tuning.resident import Resident
 from mofq.delivery.tuning.streamed import open_tuning
 from mofq.delivery.tuning.tune import (
@@ -56,6 +57,9 @@ from mofq.numbers.processor import multiplies_bfloat16
 
 #: Of the memory that is free, and no less than a pass takes is left.
 _OF_FREE = 0.8
+#: Of what learning takes, a third at least is gradients. They are not there yet while a step runs
+#: forward, and copies of weights are (`products`), which make room for them backward.
+_OF_GRADIENTS = 3
 #: Fewer sequences that judge say nothing.
 _FEWEST_HELD_OUT = 3
 #: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
@@ -268,8 +272,14 @@ class _Room:
 def _find_room(asked: _Asked) -> _Room:
     """What can be learned beside a model that is in memory: all, all but experts, or nothing."""
     layers, recipe, device = asked.layers, asked.recipe, asked.device
-    needed = learning_bytes(recipe, layers)
-    without = learning_bytes(recipe, layers, experts=False)
+    copies = copies_bytes(asked.base.checkpoint, dtype=asked.plan.dtype, device=device)
+    needed, without = (
+        learned and learned + max(0, copies - learned // _OF_GRADIENTS)
+        for learned in (
+            learning_bytes(recipe, layers),
+            learning_bytes(recipe, layers, experts=False),
+        )
+    )
     free = free_bytes(device)
     if free is None:
         return _Room(codes=True)
