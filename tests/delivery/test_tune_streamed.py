@@ -83,13 +83,6 @@ def test_products_of_steps_are_in_bfloat16_where_the_processor_has_them(
     assert seen == {torch.bfloat16 if "bf16" in flags else torch.float32}
 
 
-def test_a_type_that_mixes_no_dtypes_is_tuned_in_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mofq.numbers.processor.processor_flags", lambda: "avx512_bf16")
-    check_same(write_type("xmod", tmp_path / "xmod"), steps=1)
-
-
 def test_norms_alone_are_tuned_streamed_as_resident(tiny: TinyCheckpoint) -> None:
     found = check_same(tiny("llama"), codes=False)
     assert (found.tuning.layers, found.tuning.tensors) == (0, 5)

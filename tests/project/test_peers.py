@@ -203,6 +203,14 @@ def test_a_page_without_a_place_for_the_table_is_refused(
         write_table(page, setting, tmp_path)
 
 
+def test_a_table_is_not_emptied_for_want_of_results(setting: Setting, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: model -->\nold\n<!-- end of table -->\n")
+    with pytest.raises(MofqError, match="has no result of this model, these texts"):
+        write_table(page, setting, tmp_path)
+    assert "old" in page.read_text("utf-8")
+
+
 def test_a_rerun_takes_the_results_that_are_there_and_scores_a_folder_that_it_is_given(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

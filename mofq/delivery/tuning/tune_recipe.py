@@ -57,9 +57,6 @@ from mofq.numbers.processor import multiplies_bfloat16
 
 #: Of the memory that is free, and no less than a pass takes is left.
 _OF_FREE = 0.8
-#: Of what learning takes, a third at least is gradients. They are not there yet while a step runs
-#: forward, and copies of weights are (`products`), which make room for them backward.
-_OF_GRADIENTS = 3
 #: Fewer sequences that judge say nothing.
 _FEWEST_HELD_OUT = 3
 #: How sure it must be that something is saved: the quantile of Student's t, a bound of the 95 %
@@ -273,13 +270,10 @@ def _find_room(asked: _Asked) -> _Room:
     """What can be learned beside a model that is in memory: all, all but experts, or nothing."""
     layers, recipe, device = asked.layers, asked.recipe, asked.device
     copies = copies_bytes(asked.base.checkpoint, dtype=asked.plan.dtype, device=device)
-    needed, without = (
-        learned and learned + max(0, copies - learned // _OF_GRADIENTS)
-        for learned in (
-            learning_bytes(recipe, layers),
-            learning_bytes(recipe, layers, experts=False),
-        )
-    )
+    needed = learning_bytes(recipe, layers)
+    without = learning_bytes(recipe, layers, experts=False)
+    # Gradients of the sequences before are there beside the copies of this one.
+    needed, without = (one and one + copies for one in (needed, without))
     free = free_bytes(device)
     if free is None:
         return _Room(codes=True)

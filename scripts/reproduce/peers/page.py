@@ -22,7 +22,7 @@ def write_table(page: Path, setting: Setting, folder: Path) -> None:
         folder: Of the model's results.
 
     Raises:
-        MofqError: The page has no such comments.
+        MofqError: The page has no such comments, or the folder no result of this setting.
     """
     name = Path(setting.model).name
     results = {entry: read_result(folder / result_name(entry, setting)) for entry in ENTRIES}
@@ -36,6 +36,11 @@ def write_table(page: Path, setting: Setting, folder: Path) -> None:
         raise MofqError(
             f"{page}: needed {begin!r} with {end!r} behind it, and found none. Write both where "
             "the table of this model should stand."
+        )
+    if not done:
+        raise MofqError(
+            f"{folder}: has no result of this model, these texts and these sizes. Run an entry of "
+            "them first (--only NAME), or give those that the results are of."
         )
     text = "\n".join(["", "", *lines, "", ""])
     write_beside_and_rename(page, before + begin + text + end + after)
