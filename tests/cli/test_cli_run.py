@@ -136,7 +136,7 @@ def test_with_normal_effort_codes_are_fitted_where_that_pays_and_the_run_says_so
     with (
         patch.object(Bars, "stage", lambda _, name, *__: stages.setdefault(name)),
         # However little is lost, so that the run comes to say why it cannot.
-        patch.dict("mofq.api.run_delivery._NORMAL_STEPS", {0.0: 8}),
+        patch.multiple("mofq.api.run_delivery", _NORMAL_STEPS=8, _LEAST_TUNED=0.0),
     ):
         first = ok(*run, "-o", folder)
     measured = [name for name in stages if name.startswith(("measure", "fit codes"))]
