@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 #: The share of the predicted KL that a rewriting must be expected to save to be measured.
 _WORTH_MEASURING = 0.05
+#: Bytes beside those of a recipe's scheme for which a fusion group may have another one: scales
+#: of channels are a few thousandths more than one for a tensor.
+_ABOUT_AS_MANY = 1.02
 #: Of the signs of a rotation.
 _SEED = 0
 
@@ -224,6 +227,20 @@ def _schemes(recipe: Recipe) -> dict[str, str]:
     return {group.name: group.scheme for group in recipe.groups}
 
 
+def _affordable(decision: Decision) -> dict[str, tuple[str, ...]]:
+    """Fusion group -> what it may have in about the bytes that the recipe gives it.
+
+    Scales that help 8 bits most are others than those that help the 4 bits of the recipe.
+    """
+    problem, bytes_P = decision.problem, decision.problem.layer_bytes_P
+    found = {}
+    for at, group in enumerate(problem.groups):
+        most = _ABOUT_AS_MANY * bytes_P[decision.choice_F[at]]
+        options = range(problem.start_F[at], problem.start_F[at + 1])
+        found[group.name] = tuple(problem.schemes[one] for one in options if bytes_P[one] <= most)
+    return found
+
+
 def _words(subject: Subject) -> str:
     """What was done to a model."""
     assert subject.rewriting is not None
@@ -291,7 +308,7 @@ def rewrite_where_it_pays(
             layers,
             stats=read_stats(subject.stats),
             schemes=_schemes(decision.recipe),
-            offered=decision.problem.schemes_by_group,
+            offered=_affordable(decision),
             for_weights=is_best,
             progress=run.options.progress,
         )

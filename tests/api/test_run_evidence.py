@@ -13,10 +13,17 @@ from mofq.api import run_evidence
 from mofq.api.options import Budget, Choices
 from mofq.api.request import make_request
 from mofq.api.run_effort import Offered, Timed, Twins
-from mofq.api.run_evidence import Evidence, Measured, Subject, gather_evidence
+from mofq.api.run_evidence import (
+    Evidence,
+    Measured,
+    Subject,
+    gather_evidence,
+    rewrite_where_it_pays,
+)
 from mofq.decision.rewriting import Rewriting, RotatedModel, SiteRewriting
 from mofq.evidence.spaces import parse_search_space
 from mofq.evidence.table import Row, Table, read_table
+from mofq.exceptions import RewriteError
 
 TEXT = "version: 1\nschemes: [int4.g32, int8.channel]\n"
 ROUNDS_INPUTS = "int8.channel+int8.token"
@@ -173,3 +180,24 @@ def test_without_twins_nothing_is_fitted(table: Table, monkeypatch: pytest.Monke
     assert evidence.best.subject.model == "m"
     assert fitted == set()
     assert len(evidence.tried) == 2
+
+
+def test_scales_are_chosen_under_schemes_of_no_more_bytes_than_the_recipes(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under those of more bytes a site loses least, whatever the recipe gives it."""
+    request = make_request(Choices(), budget=Budget(max_bits=6.0))
+    before = Measured.of(Subject("m", Path("stats"), Path("table.jsonl")), table, request)
+    assert before.decision is not None
+    schemes = {group.name: group.scheme for group in before.decision.recipe.groups}
+    assert set(schemes.values()) == {"int4.g32", "int8.channel"}
+    choose = Mock(side_effect=RewriteError("Enough."))
+    monkeypatch.setattr("mofq.delivery.rewriting.for_recipe.choose_for_recipe", choose)
+    monkeypatch.setattr("mofq.evidence.calibration.stats.read_stats", Mock())
+    monkeypatch.setattr(run_evidence, "_fits_disk", lambda *_: True)
+    run = Mock(options=Mock(effort="best"))
+    subject = rewrite_where_it_pays(run, Mock(), first=before.subject, before=before)
+    assert subject is None
+    offered = choose.call_args.kwargs["offered"]
+    for name, scheme in schemes.items():
+        assert set(offered[name]) == {"int4.g32"} | {scheme}

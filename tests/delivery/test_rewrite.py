@@ -16,10 +16,11 @@ from families import copy_with_tensors, long_but
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mofq.delivery.rewriting.choose_scales import Choice, choose_scales
+from mofq.delivery.rewriting import choose_scales as choosing
+from mofq.delivery.rewriting.choose_scales import Choice, choose_best, choose_scales
 from mofq.delivery.rewriting.rewrite import rewrite
 from mofq.delivery.rewriting.scales import METHODS, InputRanges, propose_scales
-from mofq.delivery.rewriting.sites import NORMS, find_sites
+from mofq.delivery.rewriting.sites import NORMS, Site, find_sites
 from mofq.delivery.rewriting.write import LINEAGE_FILE, check_rewritten
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.fill_table import measure
@@ -128,6 +129,67 @@ def test_powers_of_two_change_no_bit(tiny: TinyCheckpoint, tmp_path: Path) -> No
         log2_P = torch.log2(choice.scale_P)
         assert torch.equal(log2_P, log2_P.round())
     assert torch.equal(logits(model), logits(out))
+
+
+def test_scales_are_searched_for_the_most_promising_proposals_alone(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = outlier_model(tiny, tmp_path / "model")
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(3, 24)})
+    checkpoint = open_checkpoint(str(model))
+    plain, searched = "int4.g16+int8.token", "int4.g16@mse+int8.token"
+    predicted: list[tuple[str, int]] = []
+
+    def predict(*args: Any, scales: list[Tensor], **options: Any) -> list[float]:
+        predicted.append((args[2].name, len(scales)))
+        return _predict(*args, scales=scales, **options)
+
+    _predict = choosing._predict
+    monkeypatch.setattr(choosing, "_predict", predict)
+
+    def choose(site: Site, *schemes: str) -> Choice:
+        methods = ("smoothquant", "bismooth")
+        parsed = [parse_scheme(one) for one in schemes]
+        return choose_best(checkpoint, site, parsed, stats=stats, methods=methods)
+
+    sites = find_sites(checkpoint, find_layers(checkpoint))
+    choices = [choose(site, searched) for site in sites]
+    assert predicted == len(sites) * [(plain, 34), (searched, 5)]
+    predicted.clear()
+    assert all(one.strength for one in choices)
+    for site, choice in zip(sites, choices, strict=True):
+        of_both = choose(site, searched, plain)
+        assert of_both.nats_after <= choice.nats_after
+    assert predicted == len(sites) * [(plain, 34), (searched, 5)]
+    monkeypatch.setattr(choosing, "_SEARCHED", 33)
+    for site, choice in zip(sites, choices, strict=True):
+        best = choose(site, searched)
+        assert best.nats_before == choice.nats_before
+        assert best.nats_after <= choice.nats_after < best.nats_before
+    monkeypatch.setattr(choosing, "_SEARCHED", 0)
+    assert not any(choose(site, searched).strength for site in sites)
+
+
+def test_a_site_whose_inputs_are_all_zero_is_left_alone(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    def silence(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("up_proj.weight"):
+                tensor.zero_()
+
+    model = copy_with_tensors(tiny("llama", dtype=torch.float32), tmp_path / "model", silence)
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(3, 24)})
+    checkpoint = open_checkpoint(str(model))
+    sites = {site.group: site for site in find_sites(checkpoint, find_layers(checkpoint))}
+    choice = choose_best(
+        checkpoint,
+        sites["layers.0.mlp.down"],
+        [parse_scheme("int4.g16@mse+int8.token")],
+        stats=stats,
+        methods=("smoothquant", "bismooth"),
+    )
+    assert (choice.strength, choice.nats_before, choice.nats_after) == (None, 0.0, 0.0)
 
 
 def test_shared_heads_share_their_scales(tiny: TinyCheckpoint, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def choose_for_recipe(
         layers: Of it.
         stats: Of it.
         schemes: Fusion group -> the recipe's scheme.
-        offered: Fusion group -> names of all schemes that it may have.
+        offered: Fusion group -> names of schemes that it may have instead, at no more bits.
         for_weights: Whether sites of weight-only schemes are looked at.
         progress: Called with ``"rewrite"``, sites done, and all of them.
 
