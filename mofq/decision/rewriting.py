@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -54,3 +54,10 @@ class Rewriting:
     rotation: Annotated[
         RotatedModel | None, Field(description="how the model was rotated before; none: it was not")
     ] = None
+    inputs: Annotated[
+        Literal["all", "kept"],
+        Field(
+            description="what codes are fitted to where scales moved: the inputs of all sequences, "
+            "or of those whose samples are kept, as in recipes of versions before"
+        ),
+    ] = "kept"

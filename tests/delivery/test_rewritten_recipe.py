@@ -34,6 +34,7 @@ from mofq.delivery.rewriting.remake import Base, base_of, make_base, rewriting_o
 from mofq.delivery.rewriting.rotate import plan_rotation, rotated_model
 from mofq.delivery.rewriting.sites import find_sites
 from mofq.delivery.validation import find_deviations, validate_many
+from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import Stats, read_stats
 from mofq.evidence.corpora import load_text
 from mofq.exceptions import MofqError, RecipeError, RewriteError, StatsError
@@ -96,7 +97,7 @@ def test_moved_statistics_are_those_of_a_calibration_of_the_rewritten_model(
     assert base.stats is not None
     moved = read_stats(base.stats)
     again = calibrate_folder(
-        base.checkpoint.folder, tmp_path / "again", {"a": some_tokens(4, 24)}, kept=2
+        base.checkpoint.folder, tmp_path / "again", {"a": some_tokens(4, 24)}, kept=2, inputs=True
     )
     assert moved.plan == replace(again.plan, weights_sha256=hash_weights(base.checkpoint))
     needed, found, before = (read_sequence(one, 1) for one in (again, moved, stats))
@@ -107,6 +108,57 @@ def test_moved_statistics_are_those_of_a_calibration_of_the_rewritten_model(
     changed = [name for name in found if not torch.equal(found[name], before[name])]
     assert any(name.startswith("x/") for name in changed)
     assert any(name.startswith("grad/") and name.endswith("up_proj") for name in changed)
+    needed, found, before = (inputs_of(one) for one in (again, moved, stats))
+    assert found.keys() == needed.keys()
+    scaled = {name for name in found if not torch.equal(found[name], before[name])}
+    norms = {name for name in scaled if name.startswith("norm/")}
+    assert norms
+    assert all(name.endswith(("v_proj", "up_proj")) for name in norms)
+    assert any(name.startswith("x/") for name in scaled)
+    for name, tensor in needed.items():
+        if name in norms:
+            # The norms of the original say how tokens compare, and those of others how they grew.
+            ratio_T = found[name].double() / before[name].double()
+            assert float(ratio_T.amax() / ratio_T.amin()) < 1.001
+            assert float(found[name].square().mean().sqrt()) == pytest.approx(
+                float(tensor.square().mean().sqrt()), rel=0.1
+            )
+            continue
+        scale = float(tensor.abs().float().max())
+        assert float((found[name].float() - tensor.float()).abs().max()) < 0.02 * scale, name
+
+
+def inputs_of(stats: Stats) -> dict[str, Tensor]:
+    """Of a sequence of which no samples are kept."""
+    with SequenceFile(stats.inputs_files("a")[0]) as file:
+        return {name: file.tensor(name) for name in file.described()}
+
+
+def test_a_recipe_of_a_version_before_is_fitted_to_what_it_was_fitted_to(
+    model: Path, stats: Stats, tmp_path: Path
+) -> None:
+    """It has no ``inputs`` in its rewriting: to the sequences of which samples are kept."""
+    recipe, base = make(model, stats, tmp_path)
+    assert recipe.rewriting is not None
+    assert recipe.rewriting.inputs == "all"
+    path = tmp_path / "recipe.yaml"
+    write_recipe(recipe, path)
+    text = path.read_text()
+    assert text.count("  inputs: all\n") == 1
+    path.write_text(text.replace("  inputs: all\n", ""))
+    former = load_recipe(path)
+    assert former.rewriting == replace(recipe.rewriting, inputs="kept")
+    with base_of(former, open_checkpoint(str(model)), stats.folder) as again:
+        assert again.checkpoint.folder != base.checkpoint.folder
+        assert again.stats is not None
+        assert base.stats is not None
+        assert read_stats(again.stats).plan.inputs is None
+        assert read_stats(base.stats).plan.inputs
+        # Scales do not depend on it.
+        assert hash_weights(again.checkpoint) == hash_weights(base.checkpoint)
+    path.write_text(text.replace("  inputs: all\n", "  inputs: some\n"))
+    with pytest.raises(RecipeError, match="'all' or 'kept'"):
+        load_recipe(path)
 
 
 def test_an_exported_folder_is_made_again_from_the_recipe_bit_for_bit(

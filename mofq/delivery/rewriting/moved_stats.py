@@ -3,15 +3,16 @@
 Where a scale ``s`` moved, the inputs of the layers behind it are divided by it, and the gradients
 at the outputs of the linear layer before it are multiplied. Where the model was rotated, inputs and
 gradients are rotated, inputs after they were divided by the gain of the norm that was folded.
-Samples are rounded to bfloat16 once more. Gains (`mofq.evidence.calibration.gains`) are copied: of
-them only the ratios between sequences count. These are nearly those of the rewritten model and not
-exactly, since a token's largest input becomes another one.
+Samples are rounded to bfloat16 once more. Of tokens of which only the norm of the gradient is kept,
+it grows by what those of the others do in the mean. Gains (`mofq.evidence.calibration.gains`) are
+copied: of them only the ratios between sequences count. These are nearly those of the rewritten
+model and not exactly, since a token's largest input becomes another one.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from mofq.delivery.rewriting.choose_scales import Choice
 from mofq.delivery.rewriting.residual_stream import Place
 from mofq.delivery.rewriting.rotate import Turning
-from mofq.evidence.calibration.sequence_file import copy_changed
+from mofq.evidence.calibration.sequence_file import SequenceFile, copy_changed
 from mofq.evidence.calibration.stats import Stats, finish_stats, write_json
 from mofq.exceptions import RewriteError
 from mofq.files.locks import new_folder
@@ -33,7 +34,12 @@ _Change = Callable[[str, Tensor], Tensor]
 
 
 def write_moved_stats(
-    stats: Stats, rewritten: Checkpoint, choices: Sequence[Choice], folder: str | Path
+    stats: Stats,
+    rewritten: Checkpoint,
+    choices: Sequence[Choice],
+    folder: str | Path,
+    *,
+    inputs: bool = True,
 ) -> Path:
     """Write the statistics of a model in which scales moved.
 
@@ -42,25 +48,51 @@ def write_moved_stats(
         rewritten: The model after ``choices``.
         choices: What was moved.
         folder: A folder that does not exist yet, or is empty; it appears when it is complete.
+        inputs: Whether the inputs of sequences without samples are kept, where the original's are.
 
     Returns:
-        The folder, as `mofq calibrate` would have made it but for rounding.
+        The folder, as `mofq calibrate` would have made it but for rounding, and for the norms of
+        gradients of layers whose outputs moved.
 
     Raises:
         RewriteError: The folder is in the way, or samples of the cache are kept.
         StatsError: A file is missing or damaged, or the disk is full.
     """
-    inputs, outputs = _moved(choices)
+    divided, outputs = _moved(choices)
+    inputs = inputs and bool(stats.plan.inputs)
+    ratios = _norm_ratios(stats, outputs) if inputs else {}
 
     def move_x(layer: str, x_TI: Tensor) -> Tensor:
-        return x_TI.double() / inputs[layer] if layer in inputs else x_TI
+        return x_TI.double() / divided[layer] if layer in divided else x_TI
 
     def move_grad(layer: str, grad_DTO: Tensor) -> Tensor:
         return grad_DTO.double() * outputs[layer] if layer in outputs else grad_DTO
 
-    # A norm says nothing of a gradient whose channels are multiplied each by its own scale: codes
-    # of the rewritten model are fitted to the sequences of which samples are kept.
-    return _write_stats(stats, rewritten, folder, move_x, move_grad, keeps_norms=False)
+    def move_norm(layer: str, norm_T: Tensor) -> Tensor:
+        return norm_T.double() * ratios.get(layer, 1.0)
+
+    changes = {"x": move_x, "grad": move_grad, "norm": move_norm}
+    return _write_stats(stats, rewritten, folder, changes, inputs=inputs)
+
+
+def _norm_ratios(stats: Stats, outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Layer -> by how much the norms of its gradients grow, all sequences with samples together.
+
+    Of a token whose gradient is not kept only the norm is known, and not which channels it is of:
+    the mean over tokens stands for it.
+    """
+    before, after = dict.fromkeys(outputs, 0.0), dict.fromkeys(outputs, 0.0)
+    for corpus in stats.plan.corpora:
+        for path in stats.sequence_files(corpus.name):
+            with SequenceFile(path) as file:
+                kept = file.described()
+                for layer, scale_P in outputs.items():
+                    if f"grad/{layer}" not in kept:  # no token came to this expert
+                        continue
+                    grad_DTO = file.tensor(f"grad/{layer}").double()
+                    before[layer] += float(grad_DTO.square().sum())
+                    after[layer] += float((grad_DTO * scale_P).square().sum())
+    return {layer: (after[layer] / total) ** 0.5 for layer, total in before.items() if total > 0}
 
 
 def check_no_channel_lost(turning: Turning) -> None:
@@ -103,17 +135,17 @@ def write_rotated_stats(
         place = places[layer]
         return turning.turn_outputs(grad_DTO, place) if place.writes or place.values else grad_DTO
 
-    return _write_stats(stats, rotated, folder, turn_x, turn_grad, keeps_norms=True)
+    inputs = bool(stats.plan.inputs)
+    return _write_stats(stats, rotated, folder, {"x": turn_x, "grad": turn_grad}, inputs=inputs)
 
 
 def _write_stats(
     stats: Stats,
     rewritten: Checkpoint,
     folder: str | Path,
-    change_x: _Change,
-    change_grad: _Change,
+    changes: Mapping[str, _Change],
     *,
-    keeps_norms: bool,
+    inputs: bool,
 ) -> Path:
     if stats.plan.kv_cache or stats.plan.vocabulary:
         what = "the KV cache" if stats.plan.kv_cache else "matrices of the vocabulary"
@@ -123,15 +155,14 @@ def _write_stats(
         )
 
     def change(kind: str, layer: str, tensor: Tensor) -> Tensor:
-        by_kind = {"x": change_x, "grad": change_grad}
-        return by_kind[kind](layer, tensor) if kind in by_kind else tensor
+        return changes[kind](layer, tensor) if kind in changes else tensor
 
     plan = replace(
         stats.plan,
         model_name=rewritten.name,
         index_sha256=rewritten.index_sha256,
         weights_sha256=hash_weights(rewritten),
-        inputs=stats.plan.inputs if keeps_norms else None,
+        inputs=stats.plan.inputs if inputs else None,
     )
     with new_folder(Path(folder), RewriteError, last="stats.json") as target:
         write_json(target / "plan.json", plan.to_json())
@@ -139,8 +170,8 @@ def _write_stats(
             (target / corpus.name).mkdir()
             for path in (*stats.gains_files(corpus.name), *stats.routing_files(corpus.name)):
                 shutil.copyfile(path, target / corpus.name / path.name)
-            inputs = stats.inputs_files(corpus.name) if keeps_norms else ()
-            for path in (*stats.sequence_files(corpus.name), *inputs):
+            others = stats.inputs_files(corpus.name) if inputs else ()
+            for path in (*stats.sequence_files(corpus.name), *others):
                 copy_changed(path, target / corpus.name / path.name, change)
         finish_stats(target, plan)
     return Path(folder)

@@ -66,17 +66,19 @@ def rewriting_of(
         choices: What moved.
         rotation: Of the original, before anything moved.
     """
+    sites = {
+        one.site.group: SiteRewriting(one.method, one.strength.alpha, one.strength.beta)
+        for one in choices
+        if one.strength is not None
+    }
     return Rewriting(
         model=checkpoint.name,
         index_sha256=checkpoint.index_sha256,
         weights_sha256=hash_weights(checkpoint),
         stats_sha256=stats.sha256,
         rotation=rotation,
-        sites={
-            one.site.group: SiteRewriting(one.method, one.strength.alpha, one.strength.beta)
-            for one in choices
-            if one.strength is not None
-        },
+        sites=sites,
+        inputs="all" if sites and stats.plan.inputs else "kept",
     )
 
 
@@ -186,7 +188,8 @@ def _move(
         if not model.exists():
             write_rewritten(checkpoint, choices, model, method=BY_SITE, stats=stats)
         if not moved.exists():
-            write_moved_stats(stats, open_checkpoint(str(model)), choices, moved)
+            rewritten = open_checkpoint(str(model))
+            write_moved_stats(stats, rewritten, choices, moved, inputs=rewriting.inputs == "all")
     return Base(open_checkpoint(str(model)), moved)
 
 
