@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mofq.evidence.calibration.stats import Stats
     from mofq.evidence.table import Table
 
-#: The share of the predicted KL that a rewriting must be expected to save to be measured.
+#: The share of what sites lose that moving their scales must be expected to save to be measured.
 _WORTH_MEASURING = 0.05
 #: Bytes beside those of a recipe's scheme for which a fusion group may have another one: scales
 #: of channels are a few thousandths more than one for a tensor.
@@ -309,11 +309,12 @@ def rewrite_where_it_pays(
             stats=read_stats(subject.stats),
             schemes=_schemes(decision.recipe),
             offered=_affordable(decision),
+            fitted={one for some in run.offered.twins.values() for one in some},
             for_weights=is_best,
             progress=run.options.progress,
         )
         saved = sum(one.nats_before - one.nats_after for one in choices)
-        if not saved > _WORTH_MEASURING * (decision.recipe.kl_nats_per_token or 0.0):
+        if not saved > _WORTH_MEASURING * sum(one.nats_before for one in choices):
             return None
         stats = read_stats(first.stats)
         rewriting = rewriting_of(run.checkpoint, stats, choices, rotation=rotation)

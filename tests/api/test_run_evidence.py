@@ -195,9 +195,10 @@ def test_scales_are_chosen_under_schemes_of_no_more_bytes_than_the_recipes(
     monkeypatch.setattr("mofq.delivery.rewriting.for_recipe.choose_for_recipe", choose)
     monkeypatch.setattr("mofq.evidence.calibration.stats.read_stats", Mock())
     monkeypatch.setattr(run_evidence, "_fits_disk", lambda *_: True)
-    run = Mock(options=Mock(effort="best"))
+    run = Mock(options=Mock(effort="best"), offered=Mock(twins={"int4.g32@nats": ("int4.g32",)}))
     subject = rewrite_where_it_pays(run, Mock(), first=before.subject, before=before)
     assert subject is None
+    assert choose.call_args.kwargs["fitted"] == {"int4.g32"}
     offered = choose.call_args.kwargs["offered"]
     for name, scheme in schemes.items():
         assert set(offered[name]) == {"int4.g32"} | {scheme}

@@ -8,6 +8,13 @@ products once for all proposals:
 - weights: ``sum_o (sum_i dW'_oi G_oi / s_i)^2`` with ``G = sum_t g_t x_t^T`` of a sequence;
 - inputs: ``sum_t (sum_i v_ti s_i dx'_ti)^2`` with ``v = sum W^T g`` over the layers that read them.
 
+Where codes will be fitted after scales have moved, errors of weights are those of fitted codes. A
+column takes over the errors of those before it (`mofq.numbers.quantize.gptq`), so that rounding one
+costs what no other input can make up for: ``sum_o rho_o sum_i D_i (dW'_oi / s_i)^2``, with ``D`` of
+the Hessian ``sum_t |g_t|^2 x_t x_t^T = N D N^T`` and the share ``rho_o`` of a row in the gradients.
+An input that stands out is often one that others predict: to nearest its column costs most, fitted
+it does not, and scales that move for it make the others worse.
+
 The weight's error is taken at the unrounded input. What a site does to its producer is left out:
 its rows are scaled, and with them their scales, codes and gradients stay as they were wherever a
 scale belongs to a row. Proposals compete with leaving the site alone, which wins a tie.
@@ -16,9 +23,9 @@ scale belongs to a row. Proposals compete with leaving the site alone, which win
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,6 +41,7 @@ from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
 from mofq.model.layers import LinearLayer
 from mofq.numbers.quantize import fake_quantize_activation, fake_quantize_weight, one_thread
+from mofq.numbers.quantize.gptq import DAMPING
 from mofq.numbers.quantize.tiles import row_blocks
 from mofq.numbers.schemes import Scheme, parse_scheme
 
@@ -41,6 +49,8 @@ from mofq.numbers.schemes import Scheme, parse_scheme
 _JUDGES = 4
 #: Proposals for a site that are predicted under a scheme that searches its scales.
 _SEARCHED = 4
+#: Columns of a Hessian that are factorised together.
+_FACTORISED = 2048
 #: Elements of a block of rows, and of the gradients of all sequences for it.
 _BLOCK_ELEMENTS = 2**20
 _GRADIENT_ELEMENTS = 2**24
@@ -57,6 +67,18 @@ class Choice:
     nats_before: float  #: predicted KL of the site's layers [nats per token]
     nats_after: float
     method: str = ""  #: whose proposal it is
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """What rounding costs where codes are fitted."""
+
+    cost_I: Tensor  #: of a unit of squared error in each column, all rows of the site together
+    share_R: Mapping[str, Tensor]  #: layer -> the share of each of its rows
+
+    def of_rows(self, layer: str, start: int, stop: int) -> Tensor:
+        """What a unit of squared error of each weight of some rows costs [nats per token]."""
+        return self.share_R[layer][start:stop, None] * self.cost_I
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +130,7 @@ def choose_best(
     stats: Stats,
     methods: Sequence[str],
     powers_of_two: bool = False,
+    fitted: Collection[str] = (),
 ) -> Choice:
     """The best proposal for a site of several methods, under whichever scheme is best then.
 
@@ -121,6 +144,7 @@ def choose_best(
         stats: Of the model.
         methods: Of ``METHODS``, the simplest first.
         powers_of_two: Let scales be powers of two alone.
+        fitted: Names of those of the schemes whose codes will be fitted.
 
     Returns:
         The choice; ``nats_before`` is that of the scheme that was best before.
@@ -133,18 +157,27 @@ def choose_best(
         proposals = _propose(checkpoint, site, stats, methods, powers_of_two=powers_of_two)
         index = list(site.scale_of_I)
 
+        columns = _columns(sequences, site) if fitted else None
+
         @cache
-        def predicted(scheme: Scheme, chosen: tuple[int, ...]) -> list[float]:
+        def predicted(scheme: Scheme, chosen: tuple[int, ...], is_fitted: bool) -> list[float]:
             scales = [proposals[one].scale_P[index] for one in chosen]
-            return _predict(checkpoint, site, scheme, sequences=sequences, scales=scales)
+            costs = columns if is_fitted else None
+            return _predict(
+                checkpoint, site, scheme, sequences=sequences, scales=scales, columns=costs
+            )
 
         every: list[Choice] = []
         before: list[float] = []
         for scheme in schemes:
             chosen = tuple(range(len(proposals)))
-            if scheme.weight is not None and scheme.weight.has_searched_scale:
-                chosen = _most_promising(predicted(_without_search(scheme), chosen))
-            nats = predicted(scheme, chosen)
+            is_fitted, rounded = scheme.name in fitted, _without_search(scheme)
+            if is_fitted:
+                nats = predicted(rounded, chosen, True)
+            else:
+                if rounded != scheme:
+                    chosen = _most_promising(predicted(rounded, chosen, False))
+                nats = predicted(scheme, chosen, False)
             before.append(nats[0])
             for one, value in zip(chosen, nats, strict=True):
                 every.append(replace(proposals[one], scheme=scheme.name, nats_after=value))
@@ -179,6 +212,8 @@ def _most_promising(nats: Sequence[float]) -> tuple[int, ...]:
 
 def _without_search(scheme: Scheme) -> Scheme:
     """A scheme whose scales follow from the ranges of the weights."""
+    if scheme.weight is None or not scheme.weight.has_searched_scale:
+        return scheme
     return parse_scheme(re.sub(r"@[a-z]+", "", scheme.name))
 
 
@@ -253,6 +288,41 @@ def _gradients(sequences: Sequence[_Sequence], layer: str) -> list[Tensor]:
     return found
 
 
+def _columns(sequences: Sequence[_Sequence], site: Site) -> _Columns:
+    """What errors of each column cost, and of it each row, where codes are fitted."""
+    size_T: list[Tensor] = [torch.zeros(len(one.x_TI), dtype=torch.float64) for one in sequences]
+    rows = {}
+    for layer in site.consumers:
+        grads = _gradients(sequences, layer.name)
+        row_R = torch.zeros(layer.out_features, dtype=torch.float64)
+        for at, (one, grad_TO) in enumerate(zip(sequences, grads, strict=True)):
+            squared_TO = grad_TO.double().square()
+            size_T[at] += squared_TO.sum(1)
+            row_R += one.share * squared_TO.sum(0)
+        rows[layer.name] = row_R
+    total = sum(float(row_R.sum()) for row_R in rows.values())
+    width = sequences[0].x_TI.shape[1]
+    cost_I = torch.zeros(width, dtype=torch.float64)
+    for start in range(0, width, _FACTORISED):
+        stop = min(start + _FACTORISED, width)
+        hessian_BB = torch.zeros(stop - start, stop - start, dtype=torch.float64)
+        for one, weight_T in zip(sequences, size_T, strict=True):
+            x_TB = one.x_TI[:, start:stop].double() * (one.share * weight_T).sqrt()[:, None]
+            hessian_BB += x_TB.T @ x_TB
+        cost_I[start:stop] = _pivots(hessian_BB)
+    return _Columns(cost_I, {name: row_R / (total or 1.0) for name, row_R in rows.items()})
+
+
+def _pivots(hessian_BB: Tensor) -> Tensor:
+    """``D`` of ``N D N^T`` for a Hessian that is damped as where codes are fitted."""
+    diagonal_B = hessian_BB.diagonal()
+    diagonal_B += DAMPING * float(diagonal_B.mean())
+    if not bool(diagonal_B.any()):
+        return diagonal_B.clone()
+    factor_BB: Tensor = torch.linalg.cholesky(hessian_BB.flip(0, 1))
+    return factor_BB.diagonal().square().flip(0)
+
+
 def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
     amax, mean = [], []
     for corpus in stats.plan.corpora:
@@ -281,13 +351,24 @@ def _predict(
     *,
     sequences: Sequence[_Sequence],
     scales: Sequence[Tensor],
+    columns: _Columns | None,
 ) -> list[float]:
     """Nats per token under each of some scales of the input channels."""
     nats = torch.zeros(len(scales), dtype=torch.float64)
     into = [torch.zeros_like(one.x_TI) for one in sequences]
     amax = _scaled_amax(checkpoint, site, scheme, scales)
     for layer in site.consumers:
-        _add_layer(checkpoint, layer, scheme, sequences, scales, amax, nats=nats, into=into)
+        _add_layer(
+            checkpoint,
+            layer,
+            scheme,
+            sequences,
+            scales,
+            amax,
+            nats=nats,
+            into=into,
+            columns=columns,
+        )
     if scheme.activation is not None:
         nats += _input_nats(into, scheme, sequences, scales)
     return [float(value) for value in nats]
@@ -303,6 +384,7 @@ def _add_layer(
     *,
     nats: Tensor,
     into: Sequence[Tensor],
+    columns: _Columns | None,
 ) -> None:
     """Add what errors of a layer's weights cost, and its part of the gradients at its inputs."""
     every = _gradients(sequences, layer.name)
@@ -313,14 +395,30 @@ def _add_layer(
         if scheme.activation is not None:
             for v_TI, grad_TR in zip(into, grads, strict=True):
                 v_TI += grad_TR @ weight_RI.float()
-        if scheme.weight is not None:
-            gradient_NRI = torch.stack(
-                [
-                    (grad_TR.T @ one.x_TI) * one.share**0.5
-                    for one, grad_TR in zip(sequences, grads, strict=True)
-                ]
-            )
-            nats += _weight_nats(weight_RI, gradient_NRI, scheme, scales, amax, layer.name)
+        if scheme.weight is None:
+            continue
+        if columns is None:
+            cost = partial(_cost_to_nearest, gradient_NRI=_products(sequences, grads))
+        else:
+            cost = partial(_cost_of_fitted, cost_RI=columns.of_rows(layer.name, start, stop))
+        nats += _weight_nats(weight_RI, cost, scheme, scales, amax, layer.name)
+
+
+def _products(sequences: Sequence[_Sequence], grads: Sequence[Tensor]) -> Tensor:
+    """The gradient of each sequence by some rows of a weight, float32."""
+    pairs = zip(sequences, grads, strict=True)
+    return torch.stack([(grad_TR.T @ one.x_TI) * one.share**0.5 for one, grad_TR in pairs])
+
+
+def _cost_to_nearest(delta_RI: Tensor, *, gradient_NRI: Tensor) -> Tensor:
+    """Nats of errors of weights that stay as they are."""
+    row_NR = torch.einsum("ri,nri->nr", delta_RI, gradient_NRI)
+    return row_NR.square().sum(dtype=torch.float64)
+
+
+def _cost_of_fitted(delta_RI: Tensor, *, cost_RI: Tensor) -> Tensor:
+    """Nats of errors that later columns take over as far as they can."""
+    return (delta_RI.double().square() * cost_RI).sum()
 
 
 def _scaled_amax(
@@ -345,7 +443,7 @@ def _channel_amax(checkpoint: Checkpoint, site: Site) -> Tensor:
 
 def _weight_nats(
     weight_RI: Tensor,
-    gradient_NRI: Tensor,
+    cost: Callable[[Tensor], Tensor],
     scheme: Scheme,
     scales: Sequence[Tensor],
     amax: Sequence[float | None],
@@ -357,9 +455,7 @@ def _weight_nats(
         delta_RI = fake_quantize_weight(
             moved_RI, scheme.quantized_weight, tensor_amax=largest, name=name
         )
-        delta_RI = (delta_RI - moved_RI) / scale_I.float()
-        row_NR = torch.einsum("ri,nri->nr", delta_RI, gradient_NRI)
-        found.append(row_NR.square().sum(dtype=torch.float64))
+        found.append(cost((delta_RI - moved_RI) / scale_I.float()))
     return torch.stack(found)
 
 

@@ -9,7 +9,7 @@ fitted codes gain too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mofq.delivery.rewriting.choose_scales import Choice, choose_best
 from mofq.delivery.rewriting.sites import find_sites
@@ -52,6 +52,7 @@ def choose_for_recipe(
     stats: Stats,
     schemes: Mapping[str, str],
     offered: Mapping[str, Sequence[str]],
+    fitted: Collection[str] = (),
     for_weights: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Choice, ...]:
@@ -63,6 +64,8 @@ def choose_for_recipe(
         stats: Of it.
         schemes: Fusion group -> the recipe's scheme.
         offered: Fusion group -> names of schemes that it may have instead, at no more bits.
+        fitted: Names of those of them whose codes will be fitted once scales have moved, beside
+            those that say so themselves.
         for_weights: Whether sites of weight-only schemes are looked at.
         progress: Called with ``"rewrite"``, sites done, and all of them.
 
@@ -78,13 +81,28 @@ def choose_for_recipe(
     choices = []
     sites = find_sites(checkpoint, layers)
     for site in told(sites, progress, "rewrite", total=len(sites)):
-        targets = [parse_scheme(one) for one in offered[site.group] if one in on_inputs]
+        names = [one for one in offered[site.group] if one in on_inputs]
         methods = _FOR_INPUTS
-        if not targets and for_weights:
-            targets, methods = [parse_scheme(schemes[site.group])], _FOR_WEIGHTS
-        targets = [one for one in map(_rounded, targets) if not one.is_unquantized]
-        if targets:
-            choices.append(choose_best(checkpoint, site, targets, stats=stats, methods=methods))
+        if not names and for_weights:
+            names, methods = [schemes[site.group]], _FOR_WEIGHTS
+        targets = {one: _rounded(parse_scheme(one)) for one in names}
+        targets = {one: scheme for one, scheme in targets.items() if not scheme.is_unquantized}
+        if not targets:
+            continue
+        choices.append(
+            choose_best(
+                checkpoint,
+                site,
+                tuple(dict.fromkeys(targets.values())),
+                stats=stats,
+                methods=methods,
+                fitted={
+                    scheme.name
+                    for one, scheme in targets.items()
+                    if one in fitted or parse_scheme(one).is_fitted
+                },
+            )
+        )
     return tuple(choices)
 
 
