@@ -22,6 +22,7 @@ from mofq.delivery.rewriting.rewrite import rewrite
 from mofq.delivery.rewriting.scales import METHODS, InputRanges, propose_scales
 from mofq.delivery.rewriting.sites import NORMS, Site, find_sites
 from mofq.delivery.rewriting.write import LINEAGE_FILE, check_rewritten
+from mofq.evidence.calibration.sequence_file import SequenceFile, copy_changed
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.table import read_table
@@ -31,6 +32,8 @@ from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import find_layers
 from mofq.model.loading import load_model
+from mofq.numbers.quantize import factorise_hessian, fake_quantize_weight
+from mofq.numbers.quantize.gptq import DAMPING
 from mofq.numbers.schemes import parse_scheme
 
 INT8 = "int8.channel+int8.token"
@@ -170,8 +173,100 @@ def test_scales_are_searched_for_the_most_promising_proposals_alone(
     assert not any(choose(site, searched).strength for site in sites)
 
 
-def test_a_site_whose_inputs_are_all_zero_is_left_alone(
+def test_where_codes_are_fitted_a_column_costs_what_later_ones_cannot_make_up_for(
     tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """By hand: ``sum_o rho_o sum_i D_i d_oi^2``, D by the library that rounds by it."""
+    model = outlier_model(tiny, tmp_path / "model")
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(3, 24)}, kept=3)
+    checkpoint = open_checkpoint(str(model))
+    sites = {site.group: site for site in find_sites(checkpoint, find_layers(checkpoint))}
+    plain, searched = parse_scheme("int4.g16"), parse_scheme("int4.g16@mse")
+    for name in ("layers.0.mlp.down", "layers.1.attn.qkv"):
+        site = sites[name]
+        samples = []
+        for path in stats.sequence_files("a"):
+            with SequenceFile(path) as file:
+                samples.append({one.name: file.read(one.name) for one in site.consumers})
+        draws = stats.plan.draws
+        share = 1 / (len(samples) * draws * 2 * stats.plan.sequence_length)
+        hessian_II, total = torch.tensor(0.0, dtype=torch.float64), 0.0
+        rows = {one.name: torch.zeros(one.out_features).double() for one in site.consumers}
+        for by_layer in samples:
+            for draw in range(draws):
+                size_T = torch.tensor(0.0).double()
+                for layer, one in by_layer.items():
+                    assert one is not None
+                    squared_TO = one.grad_DTO[draw].double().square()
+                    size_T = size_T + squared_TO.sum(1)
+                    rows[layer] += squared_TO.sum(0)
+                    x_TI = one.x_TI.double()
+                hessian_II = hessian_II + share * (x_TI.T * size_T) @ x_TI
+                total += float(size_T.sum())
+        damped = hessian_II.diagonal() + DAMPING * hessian_II.diagonal().mean()
+        relative_I = factorise_hessian(hessian_II).cost_I.double()
+        cost_I = relative_I * float(damped[-1] / relative_I[-1])
+        expected = 0.0
+        for consumer in site.consumers:
+            weight_OI = read_tensor(checkpoint.tensors[consumer.tensor]).float()
+            delta_OI = fake_quantize_weight(weight_OI, plain.quantized_weight) - weight_OI
+            row_O = (delta_OI.double().square() * cost_I).sum(1)
+            expected += float((row_O * rows[consumer.name]).sum()) / total
+        choice = choose_best(
+            checkpoint,
+            site,
+            [searched],
+            stats=stats,
+            methods=("awq",),
+            fitted={searched.name},
+        )
+        assert choice.nats_before == pytest.approx(expected, rel=1e-4)
+        assert choice.nats_after <= choice.nats_before
+        assert choice.scheme == searched.name
+
+
+def test_scales_move_less_for_an_input_that_others_predict(
+    tiny: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """To nearest its column costs most; fitted, the other columns make up for it."""
+    model = tiny("llama", dtype=torch.float32)
+    checkpoint = open_checkpoint(str(model))
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(3, 24)}, kept=3)
+    site = next(iter(find_sites(checkpoint, find_layers(checkpoint))))
+    layer = site.consumers[0].name
+
+    def stand_out(kind: str, name: str, tensor: Tensor) -> Tensor:
+        if (kind, name) != ("x", layer):
+            return tensor
+        found = tensor.clone()
+        found[:, :8] = 20 * tensor[:, -8:] + tensor[:, :8]
+        return found
+
+    for path in stats.sequence_files("a"):
+        copy_changed(path, path.with_suffix(".new"), stand_out)
+        path.with_suffix(".new").replace(path)
+    every = {
+        is_fitted: choose_best(
+            checkpoint,
+            site,
+            [parse_scheme("int4.g16")],
+            stats=stats,
+            methods=("awq",),
+            fitted={"int4.g16"} if is_fitted else (),
+        )
+        for is_fitted in (True, False)
+    }
+    gains = {key: one.nats_after / one.nats_before for key, one in every.items()}
+    assert gains[False] < 0.7
+    assert gains[True] > 0.8
+    moved, less = every[False].strength, every[True].strength
+    assert moved is not None
+    assert less is None or less.alpha < moved.alpha
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_a_site_whose_inputs_are_all_zero_is_left_alone(
+    tiny: TinyCheckpoint, tmp_path: Path, is_fitted: bool
 ) -> None:
     def silence(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -188,6 +283,7 @@ def test_a_site_whose_inputs_are_all_zero_is_left_alone(
         [parse_scheme("int4.g16@mse+int8.token")],
         stats=stats,
         methods=("smoothquant", "bismooth"),
+        fitted={"int4.g16@mse+int8.token"} if is_fitted else (),
     )
     assert (choice.strength, choice.nats_before, choice.nats_after) == (None, 0.0, 0.0)
 
