@@ -79,12 +79,9 @@ def main(given: Sequence[str] | None = None) -> int:
             moved = sum(one.strength is not None for one in choices)
             before = math.fsum(one.nats_before for one in choices)
             after = math.fsum(one.nats_after for one in choices)
-            print(
-                f"{name}: scales move at {moved} of {len(sites)} sites, and predict {before:.6f} -> "
-                f"{after:.6f}",
-                file=sys.stderr,
-                flush=True,
-            )
+            sums = f"{before:.6f} -> {after:.6f}"
+            said = f"{name}: scales move at {moved} of {len(sites)} sites, predicted {sums}"
+            print(said, file=sys.stderr, flush=True)
             folder = Path(work) / name
             write_rewritten(checkpoint, choices, folder / "m", method="by site", stats=stats)
             rewritten = open_checkpoint(str(folder / "m"))
