@@ -295,9 +295,10 @@ def rewrite_where_it_pays(
     decision, is_best = before.decision, run.options.effort == "best"
     if decision is None or not (is_best or _rounds_inputs(run, before)):
         return None
-    if not _fits_disk(run, files, first):
-        return None
     subject, rotation = before.subject, None
+    # What moves in a rotated model is made of one that is rotated anew, beside it.
+    if not _fits_disk(run, files, first, copies=1 if subject.rewriting is None else 2):
+        return None
     checkpoint, layers = run.checkpoint, run.layers
     if subject.rewriting is not None:
         rotation, checkpoint = subject.rewriting.rotation, open_checkpoint(subject.model)
@@ -346,11 +347,11 @@ def _make_subject(run: CheckedRun, files: RunFiles, rewriting: Rewriting, stats:
     return Subject(str(model), moved, files.folder / f"table-{name}.jsonl", rewriting)
 
 
-def _fits_disk(run: CheckedRun, files: RunFiles, first: Subject) -> bool:
-    """Whether a second model and second statistics have room; that they have none is told."""
+def _fits_disk(run: CheckedRun, files: RunFiles, first: Subject, *, copies: int = 1) -> bool:
+    """Whether so many more models and their statistics have room; that they have none is told."""
     needed = sum(one.nbytes for one in run.checkpoint.tensors.values())
     needed += sum(path.stat().st_size for path in first.stats.rglob("*") if path.is_file())
-    lack = lack_of_space(needed, files.folder)
+    lack = lack_of_space(copies * needed, files.folder)
     if lack is not None:
         run.options.tell(
             f"A rewritten model and its statistics would take {lack}: it is not rewritten."

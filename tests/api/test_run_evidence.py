@@ -194,7 +194,7 @@ def test_scales_are_chosen_under_schemes_of_no_more_bytes_than_the_recipes(
     choose = Mock(side_effect=RewriteError("Enough."))
     monkeypatch.setattr("mofq.delivery.rewriting.for_recipe.choose_for_recipe", choose)
     monkeypatch.setattr("mofq.evidence.calibration.stats.read_stats", Mock())
-    monkeypatch.setattr(run_evidence, "_fits_disk", lambda *_: True)
+    monkeypatch.setattr(run_evidence, "_fits_disk", lambda *_, **__: True)
     run = Mock(options=Mock(effort="best"), offered=Mock(twins={"int4.g32@nats": ("int4.g32",)}))
     subject = rewrite_where_it_pays(run, Mock(), first=before.subject, before=before)
     assert subject is None
@@ -202,3 +202,32 @@ def test_scales_are_chosen_under_schemes_of_no_more_bytes_than_the_recipes(
     offered = choose.call_args.kwargs["offered"]
     for name, scheme in schemes.items():
         assert set(offered[name]) == {"int4.g32"} | {scheme}
+
+
+@pytest.mark.parametrize(("rotated", "copies"), [(False, 1), (True, 2)])
+def test_scales_move_in_a_rotated_model_only_where_two_more_have_room(
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rotated: bool,
+    copies: int,
+) -> None:
+    request = make_request(Choices(), budget=Budget(max_bits=6.0))
+    subject = ROTATED if rotated else Subject("m", tmp_path, Path("table.jsonl"))
+    before = Measured.of(subject, table, request)
+    (tmp_path / "samples").write_bytes(bytes(1000))
+    needed: list[int] = []
+
+    def lack(size: int, _: Path) -> str:
+        needed.append(size)
+        return "more than there is"
+
+    monkeypatch.setattr(run_evidence, "lack_of_space", lack)
+    run = Mock(options=Mock(effort="best"))
+    run.checkpoint.tensors = {"a": Mock(nbytes=24)}
+    first = Subject("m", tmp_path, Path("table.jsonl"))
+    assert rewrite_where_it_pays(run, Mock(), first=first, before=before) is None
+    assert needed == [copies * 1024]
+    run.options.tell.assert_called_once_with(
+        "A rewritten model and its statistics would take more than there is: it is not rewritten."
+    )
