@@ -212,10 +212,11 @@ def test_scales_move_in_a_rotated_model_only_where_two_more_have_room(
     rotated: bool,
     copies: int,
 ) -> None:
+    first = Subject("m", tmp_path / "stats", Path("table.jsonl"))
+    first.stats.mkdir()
+    (first.stats / "samples").write_bytes(bytes(1000))
     request = make_request(Choices(), budget=Budget(max_bits=6.0))
-    subject = ROTATED if rotated else Subject("m", tmp_path, Path("table.jsonl"))
-    before = Measured.of(subject, table, request)
-    (tmp_path / "samples").write_bytes(bytes(1000))
+    before = Measured.of(ROTATED if rotated else first, table, request)
     needed: list[int] = []
 
     def lack(size: int, _: Path) -> str:
@@ -225,7 +226,6 @@ def test_scales_move_in_a_rotated_model_only_where_two_more_have_room(
     monkeypatch.setattr(run_evidence, "lack_of_space", lack)
     run = Mock(options=Mock(effort="best"))
     run.checkpoint.tensors = {"a": Mock(nbytes=24)}
-    first = Subject("m", tmp_path, Path("table.jsonl"))
     assert rewrite_where_it_pays(run, Mock(), first=first, before=before) is None
     assert needed == [copies * 1024]
     run.options.tell.assert_called_once_with(
