@@ -202,3 +202,20 @@ def test_scales_are_chosen_under_schemes_of_no_more_bytes_than_the_recipes(
     offered = choose.call_args.kwargs["offered"]
     for name, scheme in schemes.items():
         assert set(offered[name]) == {"int4.g32"} | {scheme}
+
+
+def test_folders_of_a_version_before_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotated model that is there is not made and measured once more."""
+    make = Mock()
+    monkeypatch.setattr("mofq.delivery.rewriting.remake.make_base", make)
+    run, files = Mock(checkpoint=Mock()), Mock(folder=tmp_path)
+    run.checkpoint.name = "m"
+    names = []
+    for rewriting in (ROTATED.rewriting, REWRITING, replace(REWRITING, inputs="all")):
+        assert rewriting is not None
+        subject = run_evidence._make_subject(run, files, rewriting, Mock())
+        names.append(Path(subject.model).name)
+    assert names[0] == "m-rewritten-3587b4de"
+    assert len(set(names)) == 3
