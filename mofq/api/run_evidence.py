@@ -339,8 +339,11 @@ def _make_subject(run: CheckedRun, files: RunFiles, rewriting: Rewriting, stats:
     """
     from mofq.delivery.rewriting.remake import make_base
 
-    content = json.dumps(asdict(rewriting), sort_keys=True)
-    name = f"rewritten-{sha256(content.encode()).hexdigest()[:8]}"
+    content = asdict(rewriting)
+    if rewriting.inputs == "kept":  # folders of before there was the key keep their names
+        del content["inputs"]
+    text = json.dumps(content, sort_keys=True)
+    name = f"rewritten-{sha256(text.encode()).hexdigest()[:8]}"
     model = files.folder / f"{Path(run.checkpoint.name).name}-{name}"
     moved = files.folder / f"stats-{name}"
     make_base(rewriting, run.checkpoint, stats, folders=(model, moved))

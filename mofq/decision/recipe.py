@@ -317,7 +317,13 @@ class Recipe:
         caches = {one.name: (one.scheme, one.static_amax) for one in self.kv_cache}
         decided: list[object] = [self.static_amax, caches]
         if self.rewriting is not None:  # recipes of before there was any keep their hash
-            decided.append(_REWRITING.dump_python(self.rewriting, mode="json", exclude_none=True))
+            # And recipes of before `inputs` there was theirs.
+            former = {"inputs"} if self.rewriting.inputs == "kept" else None
+            decided.append(
+                _REWRITING.dump_python(
+                    self.rewriting, mode="json", exclude_none=True, exclude=former
+                )
+            )
         text = f"[{_sorted_json(self.schemes)}, {json.dumps(decided, sort_keys=True)[1:]}"
         return hashlib.sha256(text.encode()).hexdigest()
 

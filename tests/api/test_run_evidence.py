@@ -231,3 +231,20 @@ def test_scales_move_in_a_rotated_model_only_where_two_more_have_room(
     run.options.tell.assert_called_once_with(
         "A rewritten model and its statistics would take more than there is: it is not rewritten."
     )
+
+
+def test_folders_of_a_version_before_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotated model that is there is not made and measured once more."""
+    make = Mock()
+    monkeypatch.setattr("mofq.delivery.rewriting.remake.make_base", make)
+    run, files = Mock(checkpoint=Mock()), Mock(folder=tmp_path)
+    run.checkpoint.name = "m"
+    names = []
+    for rewriting in (ROTATED.rewriting, REWRITING, replace(REWRITING, inputs="all")):
+        assert rewriting is not None
+        subject = run_evidence._make_subject(run, files, rewriting, Mock())
+        names.append(Path(subject.model).name)
+    assert names[0] == "m-rewritten-3587b4de"
+    assert len(set(names)) == 3

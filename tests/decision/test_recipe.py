@@ -22,6 +22,7 @@ from mofq.decision.recipe import (
     recipe_text,
     write_recipe,
 )
+from mofq.decision.rewriting import Rewriting, SiteRewriting
 from mofq.exceptions import MofqError, RecipeError
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 
@@ -164,6 +165,29 @@ def test_decisions_are_hashed_as_sorted_json_of_all_of_them() -> None:
     decided = [recipe.schemes, recipe.static_amax, {}]
     text = json.dumps(decided, sort_keys=True)
     assert recipe.decisions_sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_recipes_of_before_a_rewriting_said_its_inputs_keep_their_hash() -> None:
+    site = SiteRewriting("awq", 0.5, 0.0)
+    recipe = dataclasses.replace(
+        RECIPE, rewriting=Rewriting("m", "a" * 64, "b" * 64, "c" * 64, {"layers.0.mlp.up": site})
+    )
+    rewriting = {
+        "model": "m",
+        "index_sha256": "a" * 64,
+        "weights_sha256": "b" * 64,
+        "stats_sha256": "c" * 64,
+        "sites": {"layers.0.mlp.up": {"method": "awq", "alpha": 0.5, "beta": 0.0}},
+    }
+
+    def hashed(rewriting: dict[str, object]) -> str:
+        text = json.dumps([recipe.schemes, recipe.static_amax, {}, rewriting], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    assert recipe.decisions_sha256 == hashed(rewriting)
+    assert recipe.rewriting is not None
+    now = dataclasses.replace(recipe, rewriting=dataclasses.replace(recipe.rewriting, inputs="all"))
+    assert now.decisions_sha256 == hashed(rewriting | {"inputs": "all"})
 
 
 def test_a_recipe_of_before_figures_had_a_hash_is_read_as_it_is() -> None:

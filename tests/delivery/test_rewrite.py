@@ -26,7 +26,7 @@ from mofq.evidence.calibration.sequence_file import SequenceFile, copy_changed
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.measure.fill_table import measure
 from mofq.evidence.table import read_table
-from mofq.exceptions import RewriteError, StatsError
+from mofq.exceptions import RewriteError, SchemeError, StatsError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.checkpoint.tensors import read_tensor
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -439,3 +439,81 @@ def test_what_cannot_be_rewritten_is_refused(
     with pytest.raises(RewriteError, match="where a scale can move in a 'gpt2' is not known"):
         find_sites(gpt2, find_layers(gpt2))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_inputs_keep_their_rule_where_scales_of_weights_are_not_searched(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fitted: bool
+) -> None:
+    model = tiny("llama")
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(2, 16)})
+    checkpoint = open_checkpoint(str(model))
+    predicted: list[str] = []
+
+    def predict(*args: Any, scales: list[Tensor], **_: Any) -> list[float]:
+        predicted.append(args[2].name)
+        return [1.0] * len(scales)
+
+    monkeypatch.setattr(choosing, "_predict", predict)
+    name = "nvfp4@fouroversix+nvfp4@fouroversix"
+    choose_best(
+        checkpoint,
+        find_sites(checkpoint, find_layers(checkpoint))[0],
+        [parse_scheme(name)],
+        stats=stats,
+        methods=("smoothquant",),
+        fitted={name} if is_fitted else (),
+    )
+    assert predicted == ["nvfp4+nvfp4@fouroversix", name][: 1 if is_fitted else 2]
+
+
+def test_leaving_a_site_alone_wins_a_tie_under_whichever_scheme(
+    tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    stats = calibrate_folder(model, tmp_path / "stats", {"a": some_tokens(2, 16)})
+    checkpoint = open_checkpoint(str(model))
+
+    def predict(*args: Any, scales: list[Tensor], **_: Any) -> list[float]:
+        is_coarse = args[2].name == "int4.g32"
+        return [9.0 if is_coarse else 3.0, *[3.0 for _ in scales[1:]]]
+
+    monkeypatch.setattr(choosing, "_predict", predict)
+    choice = choose_best(
+        checkpoint,
+        find_sites(checkpoint, find_layers(checkpoint))[0],
+        [parse_scheme("int4.g32"), parse_scheme("int8.channel")],
+        stats=stats,
+        methods=("awq",),
+    )
+    assert (choice.strength, choice.scheme) == (None, "int8.channel")
+    assert choice.nats_before == choice.nats_after == 3.0
+
+
+def one_sequence(x_TI: Tensor) -> choosing._Sequence:
+    return choosing._Sequence(Path("none"), 0, x_TI, 0.5)
+
+
+def test_columns_of_a_wide_hessian_are_damped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the mean of the whole diagonal, as where codes are fitted."""
+    large_I = torch.tensor([1.0, 2.0, 0.0, 0.0, 16.0, 32.0])
+    size_T = torch.full((6,), 2.0, dtype=torch.float64)
+    of_rows = [one_sequence(large_I.diag())]
+    expected_I = large_I.double().square()
+    expected_I = expected_I + DAMPING * float(expected_I.mean())
+    mixed = [one_sequence(large_I.diag() + torch.ones(6, 6))]
+    whole_I = choosing._pivots(mixed, [size_T], "site")
+    for columns in (6, 4, 2, 1):
+        monkeypatch.setattr(choosing, "_FACTORISED", columns)
+        found_I = choosing._pivots(of_rows, [size_T], "site")
+        assert torch.allclose(found_I, expected_I, rtol=1e-12)
+        # What later squares could make up for is left out, and nothing else.
+        assert bool((choosing._pivots(mixed, [size_T], "site") >= whole_I * (1 - 1e-12)).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_by_inputs_that_are_not_finite_no_scale_is_chosen(value: float) -> None:
+    x_TI = torch.ones(4, 3)
+    x_TI[1, 2] = value
+    with pytest.raises(SchemeError, match=r"layers\.0\.mlp\.up: an input .* not finite"):
+        choosing._pivots([one_sequence(x_TI)], [torch.ones(4).double()], "layers.0.mlp.up")

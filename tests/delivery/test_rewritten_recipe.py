@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from mofq.decision.rewriting import SiteRewriting
 from mofq.delivery.backends import apply_recipe
 from mofq.delivery.export.compressed_tensors import export_compressed_tensors
 from mofq.delivery.rewriting import remake
-from mofq.delivery.rewriting.choose_scales import choose_best, choose_scales, scales_of
+from mofq.delivery.rewriting.choose_scales import Choice, choose_best, choose_scales, scales_of
 from mofq.delivery.rewriting.for_recipe import choose_for_recipe, rounds_inputs
 from mofq.delivery.rewriting.moved_stats import write_moved_stats
 from mofq.delivery.rewriting.remake import Base, base_of, make_base, rewriting_of
@@ -323,6 +324,35 @@ def test_scales_move_for_schemes_that_round_inputs_and_on_demand_for_others(
 
     assert chosen(for_weights=False) == {first: INT8}
     assert set(chosen(for_weights=True).values()) == {INT8, "int4.g16"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "is_fitted"),
+    [("int4.g32@nats", False), ("int4.g32~gptq", True), ("int4.g32@nats~descent", True)],
+)
+def test_errors_are_passed_on_where_codes_are_fitted_and_not_scales_alone(
+    model: Path, stats: Stats, monkeypatch: pytest.MonkeyPatch, scheme: str, is_fitted: bool
+) -> None:
+    checkpoint = open_checkpoint(str(model))
+    layers = find_layers(checkpoint)
+    names = [group.name for group in layers.groups]
+    found = []
+
+    def choose(*args: Any, fitted: set[str], **options: Any) -> Choice:
+        found.append(fitted)
+        return choose_best(*args, fitted=fitted, **options)
+
+    monkeypatch.setattr("mofq.delivery.rewriting.for_recipe.choose_best", choose)
+    name = f"{scheme}+int8.token"
+    choose_for_recipe(
+        checkpoint,
+        layers,
+        stats=stats,
+        schemes=dict.fromkeys(names, name),
+        offered=dict.fromkeys(names, (name,)),
+    )
+    assert found
+    assert all(one == ({"int4.g32+int8.token"} if is_fitted else set()) for one in found)
 
 
 def test_statistics_with_a_kv_cache_are_not_moved(model: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ scale belongs to a row. Proposals compete with leaving the site alone, which win
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from mofq.delivery.rewriting.scales import InputRanges, Strength, propose_scales
 from mofq.delivery.rewriting.sites import Site
 from mofq.evidence.calibration.sequence_file import SequenceFile
 from mofq.evidence.calibration.stats import Stats
-from mofq.exceptions import RewriteError
+from mofq.exceptions import RewriteError, SchemeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
 from mofq.model.checkpoint.tensors import read_layer_rows, read_tensor
@@ -115,7 +116,7 @@ def choose_scales(
 
     Raises:
         StatsError: The stats do not know a layer.
-        SchemeError: A weight is not finite.
+        SchemeError: A weight is not finite; or an input is not, where codes will be fitted.
     """
     return choose_best(
         checkpoint, site, (scheme,), stats=stats, methods=(method,), powers_of_two=powers_of_two
@@ -181,8 +182,9 @@ def choose_best(
             before.append(nats[0])
             for one, value in zip(chosen, nats, strict=True):
                 every.append(replace(proposals[one], scheme=scheme.name, nats_after=value))
-    # Of equal ones the first: leaving the site alone comes before all proposals.
-    return replace(min(every, key=lambda one: one.nats_after), nats_before=min(before))
+    # Of equal ones leaving the site alone, under whichever scheme, and else the first.
+    best = min(every, key=lambda one: (one.nats_after, one.strength is not None))
+    return replace(best, nats_before=min(before))
 
 
 def _propose(
@@ -214,7 +216,8 @@ def _without_search(scheme: Scheme) -> Scheme:
     """A scheme whose scales follow from the ranges of the weights."""
     if scheme.weight is None or not scheme.weight.has_searched_scale:
         return scheme
-    return parse_scheme(re.sub(r"@[a-z]+", "", scheme.name))
+    weight, plus, activation = scheme.name.partition("+")
+    return parse_scheme(re.sub(r"@[a-z]+", "", weight) + plus + activation)
 
 
 def scales_of(
@@ -290,7 +293,7 @@ def _gradients(sequences: Sequence[_Sequence], layer: str) -> list[Tensor]:
 
 def _columns(sequences: Sequence[_Sequence], site: Site) -> _Columns:
     """What errors of each column cost, and of it each row, where codes are fitted."""
-    size_T: list[Tensor] = [torch.zeros(len(one.x_TI), dtype=torch.float64) for one in sequences]
+    size_T = [torch.zeros(len(one.x_TI), dtype=torch.float64) for one in sequences]
     rows = {}
     for layer in site.consumers:
         grads = _gradients(sequences, layer.name)
@@ -301,26 +304,50 @@ def _columns(sequences: Sequence[_Sequence], site: Site) -> _Columns:
             row_R += one.share * squared_TO.sum(0)
         rows[layer.name] = row_R
     total = sum(float(row_R.sum()) for row_R in rows.values())
-    width = sequences[0].x_TI.shape[1]
-    cost_I = torch.zeros(width, dtype=torch.float64)
-    for start in range(0, width, _FACTORISED):
-        stop = min(start + _FACTORISED, width)
+    return _Columns(
+        _pivots(sequences, size_T, site.group),
+        {name: row_R / (total or 1.0) for name, row_R in rows.items()},
+    )
+
+
+def _pivots(sequences: Sequence[_Sequence], size_T: Sequence[Tensor], group: str) -> Tensor:
+    """``D`` of ``N D N^T`` for a Hessian that is damped as where codes are fitted.
+
+    Of a wide one a square of columns is factorised at a time: what columns of later squares could
+    make up for is left out.
+
+    Args:
+        sequences: Of a site.
+        size_T: Of each sequence, the squared gradient of each token.
+        group: The site, for messages.
+
+    Raises:
+        SchemeError: The Hessian is not finite.
+    """
+    diagonal_I = torch.zeros(sequences[0].x_TI.shape[1], dtype=torch.float64)
+    for one, squared_T in zip(sequences, size_T, strict=True):
+        weight_T = one.share * squared_T
+        parts = [weight_T @ x_TB.double().square() for x_TB in one.x_TI.split(_FACTORISED, 1)]
+        diagonal_I += torch.cat(parts)
+    damping = DAMPING * float(diagonal_I.mean())
+    if not math.isfinite(damping):
+        raise SchemeError(
+            f"{group}: an input of calibration is not finite, so no scale can be chosen by it. "
+            f"Look for broken weights before it, or calibrate again."
+        )
+    cost_I = torch.zeros_like(diagonal_I)
+    if damping == 0:
+        return cost_I
+    for start in range(0, len(cost_I), _FACTORISED):
+        stop = min(start + _FACTORISED, len(cost_I))
         hessian_BB = torch.zeros(stop - start, stop - start, dtype=torch.float64)
-        for one, weight_T in zip(sequences, size_T, strict=True):
-            x_TB = one.x_TI[:, start:stop].double() * (one.share * weight_T).sqrt()[:, None]
+        for one, squared_T in zip(sequences, size_T, strict=True):
+            x_TB = one.x_TI[:, start:stop].double() * (one.share * squared_T).sqrt()[:, None]
             hessian_BB += x_TB.T @ x_TB
-        cost_I[start:stop] = _pivots(hessian_BB)
-    return _Columns(cost_I, {name: row_R / (total or 1.0) for name, row_R in rows.items()})
-
-
-def _pivots(hessian_BB: Tensor) -> Tensor:
-    """``D`` of ``N D N^T`` for a Hessian that is damped as where codes are fitted."""
-    diagonal_B = hessian_BB.diagonal()
-    diagonal_B += DAMPING * float(diagonal_B.mean())
-    if not bool(diagonal_B.any()):
-        return diagonal_B.clone()
-    factor_BB: Tensor = torch.linalg.cholesky(hessian_BB.flip(0, 1))
-    return factor_BB.diagonal().square().flip(0)
+        hessian_BB.diagonal().add_(damping)
+        factor_BB = torch.linalg.cholesky(hessian_BB.flip(0, 1))
+        cost_I[start:stop] = factor_BB.diagonal().square().flip(0)
+    return cost_I
 
 
 def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:

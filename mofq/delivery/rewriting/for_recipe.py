@@ -99,11 +99,16 @@ def choose_for_recipe(
                 fitted={
                     scheme.name
                     for one, scheme in targets.items()
-                    if one in fitted or parse_scheme(one).is_fitted
+                    if one in fitted or _passes_errors_on(parse_scheme(one))
                 },
             )
         )
     return tuple(choices)
+
+
+def _passes_errors_on(scheme: Scheme) -> bool:
+    """Whether columns take over the errors of those before; under ``@nats`` alone they do not."""
+    return scheme.weight is not None and scheme.weight.rounds_by_hessian
 
 
 def _rounded(scheme: Scheme) -> Scheme:
