@@ -10,8 +10,10 @@ products once for all proposals:
 
 Where codes will be fitted after scales have moved, errors of weights are those of fitted codes. A
 column takes over the errors of those before it (`mofq.numbers.quantize.gptq`), so that rounding one
-costs what no other input can make up for: ``sum_o rho_o sum_i D_i (dW'_oi / s_i)^2``, with ``D`` of
-the Hessian ``sum_t |g_t|^2 x_t x_t^T = N D N^T`` and the share ``rho_o`` of a row in the gradients.
+costs what no other input can make up for: ``sum_o rho_o sum_i D_i dW'_oi^2``, with ``D`` of the
+Hessian ``sum_t |g_t|^2 x'_t x'_t^T = N D N^T`` and the share ``rho_o`` of a row in the gradients.
+``D`` is that of each proposal: but for damping it would be that of the original over ``s_i^2``, and
+an input that stands out raises the damping of all columns until its scale has moved.
 An input that stands out is often one that others predict: to nearest its column costs most, fitted
 it does not, and scales that move for it make the others worse.
 
@@ -22,9 +24,8 @@ scale belongs to a row. Proposals compete with leaving the site alone, which win
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -74,12 +75,15 @@ class Choice:
 class _Columns:
     """What rounding costs where codes are fitted."""
 
-    cost_I: Tensor  #: of a unit of squared error in each column, all rows of the site together
+    #: Of a unit of squared error in each column before its scale moved, all rows of the site
+    #: together, under each of some scales.
+    cost_PI: Tensor
     share_R: Mapping[str, Tensor]  #: layer -> the share of each of its rows
 
-    def of_rows(self, layer: str, start: int, stop: int) -> Tensor:
+    def of_rows(self, layer: str, start: int, stop: int) -> Iterator[Tensor]:
         """What a unit of squared error of each weight of some rows costs [nats per token]."""
-        return self.share_R[layer][start:stop, None] * self.cost_I
+        for cost_I in self.cost_PI:
+            yield self.share_R[layer][start:stop, None] * cost_I
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +162,15 @@ def choose_best(
         proposals = _propose(checkpoint, site, stats, methods, powers_of_two=powers_of_two)
         index = list(site.scale_of_I)
 
-        columns = _columns(sequences, site) if fitted else None
+        every_scale = [one.scale_P[index] for one in proposals]
+        columns = _columns(sequences, site, every_scale) if fitted else None
 
         @cache
         def predicted(scheme: Scheme, chosen: tuple[int, ...], is_fitted: bool) -> list[float]:
-            scales = [proposals[one].scale_P[index] for one in chosen]
-            costs = columns if is_fitted else None
+            scales = [every_scale[one] for one in chosen]
+            costs = None
+            if is_fitted and columns is not None:
+                costs = replace(columns, cost_PI=columns.cost_PI[list(chosen)])
             return _predict(
                 checkpoint, site, scheme, sequences=sequences, scales=scales, columns=costs
             )
@@ -291,7 +298,7 @@ def _gradients(sequences: Sequence[_Sequence], layer: str) -> list[Tensor]:
     return found
 
 
-def _columns(sequences: Sequence[_Sequence], site: Site) -> _Columns:
+def _columns(sequences: Sequence[_Sequence], site: Site, scales: Sequence[Tensor]) -> _Columns:
     """What errors of each column cost, and of it each row, where codes are fitted."""
     size_T = [torch.zeros(len(one.x_TI), dtype=torch.float64) for one in sequences]
     rows = {}
@@ -305,13 +312,18 @@ def _columns(sequences: Sequence[_Sequence], site: Site) -> _Columns:
         rows[layer.name] = row_R
     total = sum(float(row_R.sum()) for row_R in rows.values())
     return _Columns(
-        _pivots(sequences, size_T, site.group),
+        _pivots(sequences, size_T, scales, site.group),
         {name: row_R / (total or 1.0) for name, row_R in rows.items()},
     )
 
 
-def _pivots(sequences: Sequence[_Sequence], size_T: Sequence[Tensor], group: str) -> Tensor:
-    """``D`` of ``N D N^T`` for a Hessian that is damped as where codes are fitted.
+def _pivots(
+    sequences: Sequence[_Sequence],
+    size_T: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    group: str,
+) -> Tensor:
+    """``D`` of ``N D N^T`` under each of some scales, of Hessians damped as where codes are fitted.
 
     Of a wide one a square of columns is factorised at a time: what columns of later squares could
     make up for is left out.
@@ -319,7 +331,11 @@ def _pivots(sequences: Sequence[_Sequence], size_T: Sequence[Tensor], group: str
     Args:
         sequences: Of a site.
         size_T: Of each sequence, the squared gradient of each token.
+        scales: Of the input channels.
         group: The site, for messages.
+
+    Returns:
+        What errors of the weights before they moved cost, [P, I].
 
     Raises:
         SchemeError: The Hessian is not finite.
@@ -329,25 +345,28 @@ def _pivots(sequences: Sequence[_Sequence], size_T: Sequence[Tensor], group: str
         weight_T = one.share * squared_T
         parts = [weight_T @ x_TB.double().square() for x_TB in one.x_TI.split(_FACTORISED, 1)]
         diagonal_I += torch.cat(parts)
-    damping = DAMPING * float(diagonal_I.mean())
-    if not math.isfinite(damping):
+    if not bool(torch.isfinite(diagonal_I).all()):
         raise SchemeError(
             f"{group}: an input of calibration is not finite, so no scale can be chosen by it. "
             f"Look for broken weights before it, or calibrate again."
         )
-    cost_I = torch.zeros_like(diagonal_I)
-    if damping == 0:
-        return cost_I
-    for start in range(0, len(cost_I), _FACTORISED):
-        stop = min(start + _FACTORISED, len(cost_I))
-        hessian_BB = torch.zeros(stop - start, stop - start, dtype=torch.float64)
+    cost_PI = torch.zeros(len(scales), len(diagonal_I), dtype=torch.float64)
+    if not bool(diagonal_I.any()):
+        return cost_PI
+    for start in range(0, len(diagonal_I), _FACTORISED):
+        own = slice(start, start + _FACTORISED)
+        size = len(diagonal_I[own])
+        hessian_BB = torch.zeros(size, size, dtype=torch.float64)
         for one, squared_T in zip(sequences, size_T, strict=True):
-            x_TB = one.x_TI[:, start:stop].double() * (one.share * squared_T).sqrt()[:, None]
+            x_TB = one.x_TI[:, own].double() * (one.share * squared_T).sqrt()[:, None]
             hessian_BB += x_TB.T @ x_TB
-        hessian_BB.diagonal().add_(damping)
-        factor_BB = torch.linalg.cholesky(hessian_BB.flip(0, 1))
-        cost_I[start:stop] = factor_BB.diagonal().square().flip(0)
-    return cost_I
+        for cost_I, scale_I in zip(cost_PI, scales, strict=True):
+            scale_B = scale_I[own].double()
+            moved_BB = hessian_BB / scale_B / scale_B[:, None]
+            moved_BB.diagonal().add_(DAMPING * float((diagonal_I / scale_I.square()).mean()))
+            factor_BB = torch.linalg.cholesky(moved_BB.flip(0, 1))
+            cost_I[own] = (factor_BB.diagonal().flip(0) * scale_B).square()
+    return cost_PI
 
 
 def _ranges(checkpoint: Checkpoint, site: Site, stats: Stats) -> InputRanges:
@@ -424,11 +443,14 @@ def _add_layer(
                 v_TI += grad_TR @ weight_RI.float()
         if scheme.weight is None:
             continue
+        costs: Iterable[Callable[[Tensor], Tensor]]
         if columns is None:
-            cost = partial(_cost_to_nearest, gradient_NRI=_products(sequences, grads))
+            products_NRI = _products(sequences, grads)
+            costs = [partial(_cost_to_nearest, gradient_NRI=products_NRI)] * len(scales)
         else:
-            cost = partial(_cost_of_fitted, cost_RI=columns.of_rows(layer.name, start, stop))
-        nats += _weight_nats(weight_RI, cost, scheme, scales, amax, layer.name)
+            of_rows = columns.of_rows(layer.name, start, stop)
+            costs = (partial(_cost_of_fitted, cost_RI=cost_RI) for cost_RI in of_rows)
+        nats += _weight_nats(weight_RI, costs, scheme, scales, amax, layer.name)
 
 
 def _products(sequences: Sequence[_Sequence], grads: Sequence[Tensor]) -> Tensor:
@@ -470,14 +492,14 @@ def _channel_amax(checkpoint: Checkpoint, site: Site) -> Tensor:
 
 def _weight_nats(
     weight_RI: Tensor,
-    cost: Callable[[Tensor], Tensor],
+    costs: Iterable[Callable[[Tensor], Tensor]],
     scheme: Scheme,
     scales: Sequence[Tensor],
     amax: Sequence[float | None],
     name: str,
 ) -> Tensor:
     found = []
-    for scale_I, largest in zip(scales, amax, strict=True):
+    for scale_I, largest, cost in zip(scales, amax, costs, strict=True):
         moved_RI = (weight_RI.double() * scale_I).to(weight_RI.dtype).float()
         delta_RI = fake_quantize_weight(
             moved_RI, scheme.quantized_weight, tensor_amax=largest, name=name
