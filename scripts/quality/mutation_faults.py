@@ -284,8 +284,8 @@ _NUMBERS = (
     ),
     Fault(
         "rewrite: the last proposal taken for the best",
-        "best = min(range(len(nats)), key=lambda i: nats[i])",
-        "best = len(nats) - 1",
+        "best = min(every, key=lambda one: (one.nats_after, one.strength is not None))",
+        "best = every[-1]",
         "rewrite",
     ),
     Fault(

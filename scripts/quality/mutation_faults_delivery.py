@@ -47,8 +47,8 @@ _REWRITING = (
     ),
     Fault(
         "rewrite: a site moves though nothing is won",
-        "proposals: list[tuple[Strength | None, Tensor]] = [(None, ones_P)]",
-        "proposals: list[tuple[Strength | None, Tensor]] = [(Strength(0.0, 0.0), ones_P)]",
+        'found = [Choice(site, "", None, ones_P, 0.0, 0.0, method=methods[0])]',
+        'found = [Choice(site, "", Strength(0.0, 0.0), ones_P, 0.0, 0.0, method=methods[0])]',
         "rewrite::test_no_site_is_predicted_worse_than_it_was",
     ),
 )
