@@ -29,8 +29,7 @@ _FITTED = re.compile(r"@nats|~[a-z]+")
 def rounds_inputs(schemes: Mapping[str, str], layers: ModelLayers) -> bool:
     """Whether most weights meet rounded inputs, so that moving scales pays.
 
-    Of a few fusion groups alone it does not: scales move everywhere, and codes are fitted worse to
-    a model in which they did.
+    Of a few fusion groups alone it does not: what fitted codes lose at the others is more.
 
     Args:
         schemes: Fusion group -> scheme.

@@ -85,10 +85,7 @@ def _norm_ratios(stats: Stats, outputs: Mapping[str, Tensor]) -> dict[str, float
     for corpus in stats.plan.corpora:
         for path in stats.sequence_files(corpus.name):
             with SequenceFile(path) as file:
-                kept = file.described()
                 for layer, scale_P in outputs.items():
-                    if f"grad/{layer}" not in kept:  # no token came to this expert
-                        continue
                     grad_DTO = file.tensor(f"grad/{layer}").double()
                     before[layer] += float(grad_DTO.square().sum())
                     after[layer] += float((grad_DTO * scale_P).square().sum())
