@@ -15,7 +15,7 @@ Hessian ``sum_t |g_t|^2 x'_t x'_t^T = N D N^T`` and the share ``rho_o`` of a row
 ``D`` is that of each proposal: but for damping it would be that of the original over ``s_i^2``, and
 an input that stands out raises the damping of all columns until its scale has moved.
 An input that stands out is often one that others predict: to nearest its column costs most, fitted
-it does not, and scales that move for it make the others worse.
+it often does not, and scales that move as far as if it did make the others worse.
 
 The weight's error is taken at the unrounded input. What a site does to its producer is left out:
 its rows are scaled, and with them their scales, codes and gradients stay as they were wherever a
