@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 SEQUENCES = 32
 #: What the inputs of all sequences may take where nothing is said of them [bytes].
 _INPUTS_BYTES = 8e9
+#: Behind one of so many windows there is another, by which what was tuned on those is judged.
+_JUDGED_OF = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,6 +410,46 @@ def _keeps_inputs(checkpoint: Checkpoint, layers: ModelLayers, plan: Plan, *, as
         experts_per_token=experts_per_token(checkpoint.config),
     )
     return others > 0 and (asked == "all" or (asked == "auto" and needed <= _INPUTS_BYTES))
+
+
+def judging_windows(
+    checkpoint: Checkpoint,
+    texts: Sequence[Corpus],
+    windows: Mapping[str, Tensor],
+    *,
+    samples: Samples,
+) -> dict[str, Tensor]:
+    """Other windows of the texts that calibrate, for what is to be judged on them.
+
+    Args:
+        checkpoint: Whose tokenizer is used.
+        texts: Of the calibration.
+        windows: Corpus name -> what was drawn of it, [sequences, sequence_length].
+        samples: That were asked for.
+
+    Returns:
+        Corpus name -> a quarter as many; empty where one of the texts is too short.
+    """
+    from mofq.evidence.corpora import leading_tokens, windows_between
+    from mofq.model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint.folder)
+    begin = leading_tokens(tokenizer, samples.bos)
+    found = {}
+    for text in texts:
+        sequences, length = windows[text.name].shape
+        between = windows_between(
+            text,
+            tokenizer,
+            sequences=sequences,
+            sequence_length=length,
+            leading=begin,
+            every=_JUDGED_OF,
+        )
+        if between is None or not len(between):
+            return {}
+        found[text.name] = between
+    return found
 
 
 def _windows(

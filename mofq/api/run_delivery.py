@@ -8,9 +8,9 @@ from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from mofq.api.calibrate import chosen_execution
+from mofq.api.calibrate import chosen_execution, judging_windows
 from mofq.api.export import ExportResult, export
-from mofq.api.inputs import load_named
+from mofq.api.inputs import load_corpora, load_named
 from mofq.api.options import OnModel, Tell
 from mofq.api.run_evidence import Evidence, Measured, Subject
 from mofq.api.run_folder import SEARCHED, RunFiles
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Steps of tuning with the effort `best`, and with `normal`.
 _BEST_STEPS, _NORMAL_STEPS = 128, 32
-#: `normal` tunes from a predicted KL on [nats per token]: where less is lost, less can be gained in
-#: the same time (docs/rounding-and-rewrites.md).
+#: `normal` makes steps from a predicted KL on [nats per token]: where less is lost, less can be
+#: gained in the same time (docs/rounding-and-rewrites.md).
 _LEAST_TUNED = 0.05
 #: What a recipe notes of the request, beside its budget.
 _ASKED = (
@@ -171,6 +171,10 @@ def tune_where_it_helps(
             run.checkpoint,
             recipe,
             run.windows,
+            judging=judging_windows(
+                *(run.checkpoint, load_corpora(run.options.corpora), run.windows),
+                samples=run.options.samples,
+            ),
             base=Base(open_checkpoint(subject.model), subject.stats),
             plan=run.plan,
             steps=_steps(run.options.effort, recipe.kl_nats_per_token),
@@ -200,11 +204,6 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
         f"{option('effort', 'best')} tunes it nevertheless, and so does `mofq tune` with the "
         f"recipe that is written"
     )
-    if not steps:
-        return (
-            f"{kl:.3g} nats per token are predicted, and below {_LEAST_TUNED:g} the time is saved. "
-            f"{instead}"
-        )
     if asked.request.budgets.max_kl is not None:
         return "a budget in nats is proved of the recipe as it was found"
     if asked.other_tool is not None:
@@ -212,6 +211,11 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
     if asked.execution == "spread":
         return f"{option('execution', 'spread')} spreads the model"
     if asked.effort != "best" and (asked.no_stats or _is_streamed(run)):
+        if not steps:
+            return (
+                f"{kl:.3g} nats per token are predicted, and of a model that is run layer by layer "
+                f"the time is saved below {_LEAST_TUNED:g}. {instead}"
+            )
         return (
             f"the model is run layer by layer, and {steps} steps would read and quantize all of "
             f"it {2 * steps} times. {instead}"
@@ -220,7 +224,7 @@ def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
 
 
 def _steps(effort: str, kl: float | None) -> int:
-    """Steps of tuning that pay, by the predicted KL [nats per token]; 0 where none do."""
+    """Steps of tuning that pay, by the predicted KL [nats per token]; 0: codes compensate alone."""
     if effort == "best":
         return _BEST_STEPS
     return _NORMAL_STEPS if kl is None or kl >= _LEAST_TUNED else 0

@@ -7,7 +7,12 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mofq.api.calibrate import check_gradient_dtype, chosen_execution, plan_calibration
+from mofq.api.calibrate import (
+    check_gradient_dtype,
+    chosen_execution,
+    judging_windows,
+    plan_calibration,
+)
 from mofq.api.inputs import load_corpora, open_recipe, save_recipe, text_file
 from mofq.api.options import (
     AnyRecipe,
@@ -35,7 +40,14 @@ if TYPE_CHECKING:
 #: Of four sequences each (docs/rounding-and-rewrites.md).
 STEPS = 64
 
-Steps = Annotated[int, Option("Steps of the optimizer, on four sequences each.", least=1)]
+Steps = Annotated[
+    int,
+    Option(
+        "Steps of the optimizer, on four sequences each. 0: codes compensate the errors of layers "
+        "before, and no more.",
+        least=0,
+    ),
+]
 What = Annotated[
     Literal["all", "norms"],
     Option("all: codes and scales of weights, and norms; norms: these alone, in less memory."),
@@ -91,8 +103,10 @@ def tune(
 ) -> TuneResult:
     """Tune a quantized model against the original, at the same bits: codes, scales and norms.
 
-    Some steps on the KL divergence, on three of four sequences; the others judge. Where the KL is
-    surely less there (its 95 % interval), the recipe is written with what was tuned, which lies in
+    Codes make up for what the layers before them change, where the statistics are of these very
+    sequences; then some steps are made on the KL divergence. Other sequences of the text judge, or,
+    where it is too short, every fourth. Where the KL is surely less there (its 95 % interval), the
+    recipe is written with what was tuned, which lies in
     a file beside it; else it is written as it was.
 
     Returns:
@@ -149,6 +163,7 @@ def tune(
             checkpoint,
             untuned,
             windows,
+            judging=judging_windows(checkpoint, texts, windows, samples=samples),
             base=base,
             plan=plan,
             steps=steps,

@@ -31,7 +31,8 @@ class Tuning:
     mofq: Name
     tensors: Index  #: norms, gains and biases
     layers: Index = 0  #: whose codes and scales were learned
-    steps: Count
+    compensated: Index = 0  #: layers whose codes make up for the errors of layers before
+    steps: Index  #: of learning; 0: codes were compensated alone
     sequences: Count  #: that were stepped on, of all corpora
     sequence_length: Count
     bos: Annotated[bool, Strict()]  #: whether every sequence begins with it
@@ -47,6 +48,7 @@ class Tuning:
         return {
             "norms": self.tensors,
             "layers": self.layers,
+            "compensated": self.compensated,
             "held_out": self.held_out,
             "kl_before": self.kl_before,
             "kl_after": self.kl_after,
@@ -56,10 +58,14 @@ class Tuning:
     @property
     def what(self) -> str:
         """What was tuned, for people."""
-        norms = f"{self.tensors} norms tuned"
-        if not self.layers:
-            return norms
-        return f"codes and scales of {self.layers} layers learned, {norms}"
+        found = []
+        if self.compensated:
+            found.append(f"codes of {self.compensated} layers compensate errors of those before")
+        if self.steps and self.layers:
+            found.append(f"codes and scales of {self.layers} layers learned")
+        if self.steps:
+            found.append(f"{self.tensors} norms tuned")
+        return ", ".join(found)
 
     @property
     def gain(self) -> str:

@@ -21,7 +21,12 @@ from mofq.numbers.schemes import TensorScheme
 
 #: Of the names of their tensors in a file, before the name of the layer and after it.
 _PREFIX = "codes/"
-_AT, _CODES, _SCALE = "/at", "/codes", "/scale"
+_GAPS, _CODES, _SCALE = "/gaps", "/codes", "/scale"
+#: Places as numbers of 8 bytes, in files of versions before.
+_AT = "/at"
+_ENDS = (_AT, _GAPS, _CODES, _SCALE)
+#: Of a gap that is larger than a byte holds: so much, and more follows.
+_MORE = 255
 #: Scales that take any value. Others have a few steps an octave, or none between.
 _FINE_SCALES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -79,6 +84,15 @@ class CodeChanges:
         scale = self.scale[down][: len(rows.scale)].to(rows.scale.device)
         return replace(changed, scale=scale)
 
+    def then(self, later: CodeChanges) -> CodeChanges:
+        """These, and others that were made to what they gave."""
+        left_N = ~torch.isin(self.at_N, later.at_N)
+        at_N = torch.cat([self.at_N[left_N], later.at_N])
+        codes_N = torch.cat([self.codes_N[left_N], later.codes_N.to(self.codes_N.dtype)])
+        order_N = at_N.argsort()
+        scale = self.scale if later.scale is None else later.scale
+        return CodeChanges(at_N[order_N], codes_N[order_N], scale)
+
     def fault(self, scheme: TensorScheme, shape: tuple[int, int]) -> str | None:
         """Why these are no changes to a weight of this shape under a scheme; None: they are."""
         if not can_learn(scheme):
@@ -124,8 +138,11 @@ def to_tensors(changes: Mapping[str, CodeChanges]) -> dict[str, Tensor]:
     """Layer -> changes as the tensors of a file."""
     found: dict[str, Tensor] = {}
     for name, one in changes.items():
-        found[f"{_PREFIX}{name}{_AT}"] = one.at_N
-        found[f"{_PREFIX}{name}{_CODES}"] = one.codes_N
+        codes_N = one.codes_N
+        if codes_N.is_floating_point():  # the elements of all grids are values of bfloat16
+            codes_N = codes_N.bfloat16()
+        found[f"{_PREFIX}{name}{_GAPS}"] = _to_gaps(one.at_N)
+        found[f"{_PREFIX}{name}{_CODES}"] = codes_N
         if one.scale is not None:
             found[f"{_PREFIX}{name}{_SCALE}"] = one.scale
     return found
@@ -142,17 +159,46 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, CodeChanges]:
     Raises:
         KeyError: A part of a layer's is missing.
     """
-    return {
-        name: CodeChanges(
-            tensors[f"{_PREFIX}{name}{_AT}"],
-            tensors[f"{_PREFIX}{name}{_CODES}"],
-            tensors.get(f"{_PREFIX}{name}{_SCALE}"),
-        )
-        for name in _layers(tensors)
-    }
+    found = {}
+    for name in _layers(tensors):
+        at_N = tensors.get(f"{_PREFIX}{name}{_AT}")
+        if at_N is None:
+            at_N = _from_gaps(tensors[f"{_PREFIX}{name}{_GAPS}"])
+        codes_N = tensors[f"{_PREFIX}{name}{_CODES}"]
+        if codes_N.is_floating_point():
+            codes_N = codes_N.float()
+        found[name] = CodeChanges(at_N, codes_N, tensors.get(f"{_PREFIX}{name}{_SCALE}"))
+    return found
+
+
+def _to_gaps(at_N: Tensor) -> Tensor:
+    """Ascending places as the number of places left out before each, in bytes.
+
+    A byte of `_MORE` adds that and goes on with the next; every other one ends a number.
+    """
+    left_out_N = at_N.diff(prepend=at_N.new_tensor([-1])) - 1
+    whole_N, rest_N = left_out_N // _MORE, left_out_N % _MORE
+    ends_N = (whole_N + 1).cumsum(0) - 1
+    size = int(ends_N[-1]) + 1 if len(ends_N) else 0
+    gaps_B = torch.full((size,), _MORE, dtype=torch.uint8)
+    gaps_B[ends_N] = rest_N.to(torch.uint8)
+    return gaps_B
+
+
+def _from_gaps(gaps_B: Tensor) -> Tensor:
+    """The places again, int64; none where these are no gaps."""
+    if gaps_B.dtype != torch.uint8 or gaps_B.ndim != 1:
+        return torch.zeros(0, dtype=torch.int64)
+    so_far_B = gaps_B.long().cumsum(0)
+    at_N = so_far_B[gaps_B < _MORE]
+    return at_N + torch.arange(len(at_N))
+
+
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """Those of the names of changes that say nothing to this version, in order."""
+    return sorted(name for name in names if is_of_codes(name) and not name.endswith(_ENDS))
 
 
 def _layers(names: Iterable[str]) -> list[str]:
-    ends = (_AT, _CODES, _SCALE)
     found = (name.removeprefix(_PREFIX) for name in names if is_of_codes(name))
-    return list(dict.fromkeys(name.rpartition("/")[0] for name in found if name.endswith(ends)))
+    return list(dict.fromkeys(name.rpartition("/")[0] for name in found if name.endswith(_ENDS)))

@@ -305,6 +305,51 @@ def spread_windows(
     return torch.tensor([_begun(window, leading) for window in windows])
 
 
+def windows_between(
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    sequences: int,
+    sequence_length: int,
+    leading: Sequence[int] = (),
+    every: int,
+) -> Tensor | None:
+    """Other windows of a text than `spread_windows` gives, each in the middle between two of those.
+
+    Args:
+        corpus: The text.
+        tokenizer: A Hugging Face tokenizer.
+        sequences: How many windows those are, at least 2.
+        sequence_length: Tokens of one window, T.
+        leading: As there.
+        every: Behind one of so many of those there is one of these.
+
+    Returns:
+        ``[sequences // every, T]``, int64; None where they would overlap with those.
+
+    Raises:
+        CorpusError: Conversations cannot be turned into text.
+    """
+    import torch
+
+    text = _text_of(corpus, tokenizer)
+    behind = [every * n + every // 2 for n in range(sequences // every)]
+    if len(text) > 64 * sequences * sequence_length:
+        halves = [len(text) * (2 * i + 1) // (2 * sequences) for i in behind]
+        windows = [
+            _encode(text[start : start + 64 * sequence_length], tokenizer)[:sequence_length]
+            for start in halves
+        ]
+        if all(len(window) == sequence_length for window in windows):
+            return torch.tensor([_begun(window, leading) for window in windows])
+    ids = _encode(text, tokenizer)
+    apart = (len(ids) - sequence_length) / max(sequences - 1, 1)
+    if apart < 2 * sequence_length + 1:
+        return None
+    starts = [int(apart * (i + 0.5)) for i in behind]
+    return torch.tensor([_begun(ids[start : start + sequence_length], leading) for start in starts])
+
+
 def unknown_words(tokenizer: Any, windows: Mapping[str, Tensor]) -> list[str]:
     """Sentences on texts that the tokenizer has no words for, as WikiText writes ``<unk>``.
 

@@ -64,7 +64,8 @@ class SeenSequence(NamedTuple):
     x_TI: Tensor  #: inputs, bfloat16
     norm_T: Tensor  #: of the gradient at each token, float64
     share: float  #: what the sequence counts
-    #: Corpus, index, layer whose inputs these are: the same for layers that read the very same.
+    #: Corpus, which of its sequences, layer whose inputs these are: the same for layers that
+    #: read the very same.
     key: tuple[str, int, str]
 
 
@@ -185,11 +186,13 @@ class Fits:
     def seen(self, layer: LinearLayer, part: Part = "all") -> Iterator[SeenSequence]:
         """What ``~gptq`` needs of the sequences that reached a layer, in order."""
         for corpus, files in self._inputs.items():
-            chosen = range(len(files))[_inputs_of(self.stats.plan.corpus(corpus), part, len(files))]
+            plan = self.stats.plan.corpus(corpus)
+            numbers = range(plan.sequences) if len(files) == plan.sequences else plan.kept_indices
+            chosen = range(len(files))[_inputs_of(plan, part, len(files))]
             for index in chosen:
                 found = files[index].weighted(layer.name)
                 if found is not None:
-                    key = (corpus, index, found.source)
+                    key = (corpus, numbers[index], found.source)
                     yield SeenSequence(found.x_TI, found.norm_T, 1.0 / len(chosen), key)
 
     def _importance(self, layer: LinearLayer, part: Part) -> Tensor:

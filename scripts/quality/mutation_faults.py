@@ -200,8 +200,8 @@ _NUMBERS = (
     ),
     Fault(
         "emulation without the rounding of activations",
-        "            x = straight_through(round_to, x)",
-        "            _ = straight_through(round_to, x)",
+        "        return straight_through(round_to, x)",
+        "        return x",
         "emulate quantize_activations",
     ),
     Fault(

@@ -231,6 +231,24 @@ _TUNING = (
         "not recipe.decisions_sha256",
         "tuning::test_a_recipe_whose_schemes_were_edited_is_refused_until_its_norms_are_removed",
     ),
+    Fault(
+        "tuning: what inputs lost is taken once more",
+        "lost_TI = (original_TI - x_TI) * norm_T1",
+        "lost_TI = (x_TI - original_TI) * norm_T1",
+        "compensate::test_what_layers_before_lost_is_given_back",
+    ),
+    Fault(
+        "tuning: what the residual stream lost is not given back",
+        "            given_HOI += self.stream_HOI\n",
+        "            pass\n",
+        "compensate::test_what_other_text_bears_out_is_given_back",
+    ),
+    Fault(
+        "tuning: all is given back, whatever other text says",
+        "(2 * share * pulls - share**2 * scale, share, damping)",
+        "(1.0, 1.0, damping)",
+        "compensate::test_what_other_text_bears_out_is_given_back",
+    ),
 )
 
 DELIVERY = (*_REWRITING, *_EXPORTS, *_ENGINES, *_TUNING)

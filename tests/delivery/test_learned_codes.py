@@ -372,11 +372,13 @@ def test_codes_of_another_model_are_refused(
     write_recipe(found.recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
     other = {name.replace("layers.1.", "layers.7."): one for name, one in tensors.items()}
-    lost = {name: one for name, one in tensors.items() if name != f"codes/{LAYER}/at"}
+    lost = {name: one for name, one in tensors.items() if name != f"codes/{LAYER}/gaps"}
+    at_N = from_tensors(tensors)[LAYER].at_N
     for wrong, reason in (
         ({k: v for k, v in other.items() if "codes/" in k}, "no weight of 'model.layers.7"),
-        (lost, f"has no 'codes/{LAYER}/at'"),
-        (tensors | {f"codes/{LAYER}/at": tensors[f"codes/{LAYER}/at"].flip(0)}, "not in order"),
+        (lost, f"has no 'codes/{LAYER}/gaps'"),
+        (lost | {f"codes/{LAYER}/at": at_N.flip(0)}, "not in order"),
+        (lost | {f"codes/{LAYER}/gaps": at_N.float()}, "places and codes do not belong together"),
         (tensors | {f"codes/{LAYER}/point": torch.ones(1)}, "point', of which this mofq knows"),
     ):
         with pytest.raises(RecipeError, match=reason):
@@ -400,7 +402,7 @@ def test_without_memory_for_codes_beside_a_pass_norms_alone_are_tuned(
     monkeypatch.setattr(f"mofq.delivery.tuning.tune_recipe.{kind}", lambda *_: found)
     told: list[str] = []
     assert tune(model, steps=1, tell=told.append).tuning.layers == 0
-    assert "GB of memory beside the model" in told[0]
+    assert "GB of memory beside the model" in told[-1]
 
 
 def test_codes_are_learned_where_layers_have_other_names_in_memory(tiny: TinyCheckpoint) -> None:
@@ -465,7 +467,7 @@ def test_experts_are_left_as_they_are_where_only_they_do_not_fit(
     )
     told: list[str] = []
     found = tune(folder, steps=2, tell=told.append)
-    assert told[0].startswith("No codes of experts are learned: that takes ")
+    assert told[-1].startswith("No codes of experts are learned: that takes ")
     names = from_tensors(load(found.recipe.tuned))
     assert names
     assert not any("experts." in name for name in names)

@@ -137,14 +137,19 @@ def test_a_divergence_of_nothing_is_written_where_its_sum_is_below_zero(
 
 def test_every_corpus_is_split() -> None:
     windows = {"a": some_tokens(8, 4), "b": some_tokens(5, 4, seed=1)}
-    split = split_sequences(windows, most=10)
+    split = split_sequences(windows, {}, most=10)
     held = [*some_tokens(8, 4)[3::4], *some_tokens(5, 4, seed=1)[3::4]]
     assert torch.equal(split.held_out_NT, torch.stack(held))
     assert len(split.stepped_NT) == 13 - 3
     # No more than the steps visit, of both.
-    few = split_sequences(windows, most=4)
+    few = split_sequences(windows, {}, most=4)
     assert torch.equal(few.held_out_NT, split.held_out_NT)
     assert torch.equal(few.stepped_NT, split.stepped_NT[[0, 2, 5, 7]])
+    # Where others judge, none is held out.
+    others = {"a": some_tokens(2, 4, seed=2), "b": some_tokens(1, 4, seed=3)}
+    whole = split_sequences(windows, others, most=0)
+    assert torch.equal(whole.stepped_NT, torch.cat(list(windows.values())))
+    assert torch.equal(whole.held_out_NT, torch.cat(list(others.values())))
 
 
 def test_what_is_said_to_be_stepped_on_was(original: Path, model: Path) -> None:

@@ -22,6 +22,7 @@ from mofq.evidence.corpora import (
     spread_windows,
     tokenize,
     unknown_words,
+    windows_between,
 )
 from mofq.exceptions import CorpusError
 from mofq.model.loading import load_tokenizer
@@ -395,6 +396,29 @@ def test_windows_are_spread_over_the_whole_text_in_order_and_do_not_overlap() ->
     ]
     windows_NT = tokenize(corpus_of(text[:12]), CharacterTokenizer(), tokens=12, sequence_length=4)
     assert windows_NT.flatten().tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("length", [4 * 8 * 2 + 20, 300, 4000])
+def test_windows_between_are_others_of_the_same_text(length: int) -> None:
+    text = "".join(chr(0x4E00 + place) for place in range(length))
+    asked: Any = {"sequences": 8, "sequence_length": 4}
+    tokenizer = CharacterTokenizer()
+    windows_NT = spread_windows(corpus_of(text), tokenizer, **asked)
+    between_NT = windows_between(corpus_of(text), tokenizer, **asked, every=4)
+    assert between_NT is not None
+    assert between_NT.shape == (2, 4)
+    assert between_NT[0, 0] < windows_NT[4, 0] < between_NT[1, 0]
+    every = torch.cat([windows_NT, between_NT]).flatten()
+    assert len(every.unique()) == len(every)
+    begun_NT = windows_between(corpus_of(text), tokenizer, **asked, every=4, leading=(7,))
+    assert begun_NT is not None
+    assert torch.equal(begun_NT[:, 1:], between_NT[:, :-1])
+    assert begun_NT[:, 0].tolist() == [7, 7]
+
+
+def test_a_text_without_room_between_its_windows_has_no_others() -> None:
+    corpus, tokenizer = corpus_of("x" * 60), CharacterTokenizer()
+    assert windows_between(corpus, tokenizer, sequences=8, sequence_length=4, every=4) is None
 
 
 def test_a_short_text_gives_the_whole_windows_it_has() -> None:

@@ -13,9 +13,10 @@ of outputs; straight-through gradients, Y. Bengio et al., arXiv:1308.3432.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class LearnedCodes:
     latent_OI: Tensor  #: where each weight is in its cell, in the units of the weight, float32
     factor_AG: Tensor | None  #: relative change of each scale, float32; None: scales stay
     error: float  #: of the weight as rounded, relative to its norm
+    start: CodeChanges | None = None  #: that were made to what the scheme rounds it to, before
     #: In the model, whose gradient is taken, as it computes; of an expert others have rows in it.
     weight: Tensor = field(init=False)
     at: LoadedWeight = field(init=False)  #: where the layer is in it
@@ -81,14 +83,18 @@ class LearnedCodes:
             at: Where the layer is in the weight.
         """
         scheme, rows, device = codes.scheme, codes.layer.out_features, weight.device
-        before = _to(codes.rows(0, rows), device)
+        before = codes.rows(0, rows).to(device)
         weight_OI = codes.read_rows(0, rows).to(device, torch.float32)
         rounded_OI = dequantize_weight(before, scheme)
         error = float((rounded_OI - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30))
         factor = None
         if before.scale is not None and can_learn_scales(scheme):
             factor = torch.zeros_like(before.scale, dtype=torch.float32)
-        found = cls(name, scheme, before, _in_cells(weight_OI, before, scheme), factor, error)
+        latent_OI = _in_cells(weight_OI, before, scheme)
+        if codes.changes is not None:  # for a reason that the original's weight does not know
+            at_N = codes.changes.at_N.to(device)
+            latent_OI.view(-1)[at_N] = rounded_OI.reshape(-1)[at_N]
+        found = cls(name, scheme, before, latent_OI, factor, error, codes.changes)
         found.place(weight, at)
         return found
 
@@ -155,8 +161,8 @@ class LearnedCodes:
 
     def changes(self) -> CodeChanges:
         """What is learned by now, on the CPU."""
-        cpu = torch.device("cpu")
-        return CodeChanges.between(_to(self.before, cpu), _to(self.learned(), cpu))
+        found = CodeChanges.between(self.before.to("cpu"), self.learned().to("cpu"))
+        return found if self.start is None else self.start.then(found)
 
 
 def learned_layers(
@@ -167,6 +173,7 @@ def learned_layers(
     *,
     fits: Fits | None,
     experts: bool = True,
+    start: Mapping[str, CodeChanges] = MappingProxyType({}),
 ) -> Iterator[LearnedCodes]:
     """The layers of a model whose codes can be learned.
 
@@ -180,7 +187,54 @@ def learned_layers(
         checkpoint: That the recipe is applied to.
         fits: Of the recipe's own stats; where a scheme is fitted.
         experts: Whether those of a mixture are learned too.
+        start: Layer -> changes to what its scheme makes, with which it begins; the model has them.
     """
+    for weight, at, codes in _learnable(
+        model, recipe, layers, checkpoint, fits=fits, experts=experts, changes=start
+    ):
+        yield LearnedCodes.of(codes.layer.name, weight, codes, at)
+
+
+def put_codes(
+    model: nn.Module,
+    recipe: Recipe,
+    layers: ModelLayers,
+    checkpoint: Checkpoint,
+    *,
+    fits: Fits | None,
+    changes: Mapping[str, CodeChanges],
+    names: Collection[str],
+) -> None:
+    """Have layers compute with codes that changed; as `learned_layers`.
+
+    Args:
+        model: As there.
+        recipe: As there.
+        layers: As there.
+        checkpoint: As there.
+        fits: As there.
+        changes: Layer -> changes to what its scheme makes; of those without, that is put.
+        names: Of the layers.
+    """
+    for weight, at, codes in _learnable(
+        model, recipe, layers, checkpoint, fits=fits, experts=False, changes=changes, names=names
+    ):
+        assert at is _WHOLE
+        weight.copy_(codes.decoded(0, codes.layer.out_features))
+
+
+def _learnable(
+    model: nn.Module,
+    recipe: Recipe,
+    layers: ModelLayers,
+    checkpoint: Checkpoint,
+    *,
+    fits: Fits | None,
+    experts: bool,
+    changes: Mapping[str, CodeChanges],
+    names: Collection[str] | None = None,
+) -> Iterator[tuple[Tensor, LoadedWeight, LayerCodes]]:
+    """What computes, where the layer is in it, and its codes."""
     schemes = group_schemes(layers, recipe)
     for group in layers.groups:
         scheme = schemes[group.name].weight
@@ -189,6 +243,8 @@ def learned_layers(
         amax = read_shared_amax(checkpoint, group, scheme) if scheme.needs_tensor_amax else {}
         for layer in group.layers:
             if not _is_learned(layer, experts=experts):
+                continue
+            if names is not None and layer.name not in names:
                 continue
             found = find_leaf(model, layer, layers.architecture)
             if found is None:
@@ -200,8 +256,9 @@ def learned_layers(
                 scheme,
                 partial(read_layer_rows, checkpoint, layer),
                 tensor_amax=amax.get(layer.name),
+                changes=changes.get(layer.name),
             )
-            yield LearnedCodes.of(layer.name, weight, codes, at)
+            yield weight, at, codes
 
 
 def find_leaf(
@@ -244,18 +301,6 @@ def learning_bytes(recipe: Recipe, layers: ModelLayers, *, experts: bool = True)
 
 def _is_learned(layer: LinearLayer, *, experts: bool) -> bool:
     return layer.role == "linear" and (experts or not is_expert(layer))
-
-
-def _to(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    def moved(one: Tensor | None) -> Tensor | None:
-        return None if one is None else one.to(device)
-
-    return QuantizedWeight(
-        weight.codes_OI.to(device),
-        moved(weight.scale),
-        moved(weight.zero_point),
-        moved(weight.global_scale),
-    )
 
 
 def _encoded(latent_OI: Tensor, like: QuantizedWeight, scheme: TensorScheme) -> Tensor:

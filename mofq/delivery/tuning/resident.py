@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,28 @@ from mofq.evidence.code_changes import CodeChanges
 from mofq.files.progress import Progress, Steps
 
 
+def judge(
+    model: PreTrainedModel,
+    windows_NT: Tensor,
+    original: OriginalLogits,
+    *,
+    tell: Callable[[], None],
+) -> Tensor:
+    """KL of each sequence [nats per token], float64.
+
+    Args:
+        model: Quantized.
+        windows_NT: Token ids, int64.
+        original: What the original predicts on these.
+        tell: Called after each.
+    """
+    found = []
+    for score in compare_windows(model, windows_NT, original=original):
+        found.append(score.kl_nats / windows_NT.shape[1])
+        tell()
+    return torch.tensor(found, dtype=torch.float64)
+
+
 @dataclass(slots=True)
 class Resident:
     """As `Tunable` says, with all weights in memory."""
@@ -30,6 +52,7 @@ class Resident:
     stepped: OriginalLogits  #: of the sequences that are stepped on
     held_out: OriginalLogits
     steps: int
+    is_judged: bool = False  #: before any step
     progress: Progress | None = None  #: called with ``"tune"``, sequences run, and all of them
     _tuned: list[TunedNorm] = field(init=False)
     _even: list[EvenSteps] = field(init=False)
@@ -43,7 +66,7 @@ class Resident:
         factors = [one.factor_AG for one in self.codes if one.factor_AG is not None]
         self._even = [EvenSteps(one) for one in (moved, factors) if one]
         self._rates = Rates(self.steps, [one.error for one in self.codes])
-        total = self.steps * BATCH + 2 * len(self.split.held_out_NT)
+        total = self.steps * BATCH + (2 - self.is_judged) * len(self.split.held_out_NT)
         self._tell = Steps(self.progress, "tune", total)
 
     @property
@@ -54,12 +77,7 @@ class Resident:
     def judge(self, when: str) -> Tensor:
         """As `Tunable` says."""
         del when
-        found = []
-        windows_NT = self.split.held_out_NT
-        for score in compare_windows(self.model, windows_NT, original=self.held_out):
-            found.append(score.kl_nats / windows_NT.shape[1])
-            self._tell()
-        return torch.tensor(found, dtype=torch.float64)
+        return judge(self.model, self.split.held_out_NT, self.held_out, tell=self._tell)
 
     def step(self, number: int, indices: Sequence[int]) -> None:
         """As `Tunable` says."""

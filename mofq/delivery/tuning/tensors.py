@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe
-from mofq.evidence.code_changes import CodeChanges, from_tensors, is_of_codes, to_tensors
+from mofq.evidence.code_changes import CodeChanges, from_tensors, is_of_codes, unknown_names
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.stored_bytes import TORCH_DTYPES
@@ -56,7 +56,7 @@ def learned_codes(recipe: Recipe, layers: ModelLayers) -> dict[str, CodeChanges]
         changes = from_tensors(tensors)
     except KeyError as error:
         raise RecipeError(f"{_where(recipe)}: has no {error}. {again}") from error
-    if unknown := sorted(tensors.keys() - to_tensors(changes).keys()):
+    if unknown := unknown_names(tensors):
         raise RecipeError(
             f"{_where(recipe)}: has {unknown[0]!r}, of which this mofq knows nothing. Take the "
             f"mofq that tuned the recipe, or remove `tuning` from it."

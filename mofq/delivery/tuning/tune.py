@@ -43,22 +43,31 @@ class Split:
     held_out_NT: Tensor
 
 
-def split_sequences(windows: Mapping[str, Tensor], *, most: int) -> Split:
-    """Hold every fourth sequence of each corpus out.
+def is_held_out(index: int) -> bool:
+    """Whether a sequence of a corpus judges, by its number."""
+    return index % _HOLD_OUT == _HOLD_OUT - 1
+
+
+def split_sequences(
+    windows: Mapping[str, Tensor], judging: Mapping[str, Tensor], *, most: int
+) -> Split:
+    """Hold every fourth sequence of each corpus out, unless there are others that judge.
 
     Args:
         windows: Corpus -> token ids, [N, T], int64.
-        most: Sequences that are stepped on, at least 1; of more, some of every corpus are taken.
+        judging: The same of other sequences; may be empty.
+        most: Sequences that are stepped on; of more, some of every corpus are taken. 0: all.
     """
     stepped, held_out = [], []
     for tokens_NT in windows.values():
-        is_held = torch.arange(len(tokens_NT)) % _HOLD_OUT == _HOLD_OUT - 1
+        numbers = range(len(tokens_NT))
+        is_held = torch.tensor([not judging and is_held_out(index) for index in numbers])
         stepped.append(tokens_NT[~is_held])
         held_out.append(tokens_NT[is_held])
     stepped_NT = torch.cat(stepped)
-    if len(stepped_NT) > most:
+    if 0 < most < len(stepped_NT):
         stepped_NT = stepped_NT[torch.arange(most) * len(stepped_NT) // most]
-    return Split(stepped_NT, torch.cat(held_out))
+    return Split(stepped_NT, torch.cat(list(judging.values()) or held_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,8 @@ class Tuned:
     changes: dict[str, CodeChanges]  #: layer -> what became of its codes and scales
     before_N: Tensor  #: KL of each sequence before [nats per token], float64
     after_N: Tensor
+    compensated: int = 0  #: layers that began with codes that make up for the layers before
+    steps: int = 0  #: that were made, and are in this
 
     @property
     def saved_stderr(self) -> float:
@@ -111,13 +122,16 @@ class Tunable(Protocol):
         ...
 
 
-def tune_model(model: Tunable, split: Split, *, steps: int) -> Tuned:
+def tune_model(
+    model: Tunable, split: Split, *, steps: int, before_N: Tensor | None = None
+) -> Tuned:
     """Tune the norms, codes and scales of a model.
 
     Args:
         model: What has them.
         split: What it steps on, and what judges.
         steps: Each on `BATCH` sequences.
+        before_N: What `Tunable.judge` measures before them; None: it is measured.
 
     Returns:
         What changed, and what it does.
@@ -129,11 +143,12 @@ def tune_model(model: Tunable, split: Split, *, steps: int) -> Tuned:
     arXiv:2309.02784, which steps on distances of layers' outputs. Of codes, see `codes`.
     """
     order = _order(len(split.stepped_NT), steps * BATCH)
-    before_N = model.judge("before")
+    if before_N is None:
+        before_N = model.judge("before")
     for number in range(steps):
         model.step(number, order[number * BATCH : (number + 1) * BATCH])
     after_N = model.judge("after")
-    return Tuned(model.tensors(), model.changes(), before_N, after_N)
+    return Tuned(model.tensors(), model.changes(), before_N, after_N, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)

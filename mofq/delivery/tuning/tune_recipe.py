@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save
@@ -28,25 +30,33 @@ from mofq.delivery.backends import apply_recipe
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
-from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes
+from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes, put_codes
+from mofq.delivery.tuning.compensate import SeenTokens, compensate
 from mofq.delivery.tuning.norms import find_norms
 from mofq.delivery.tuning.products import copies_bytes
-from mofq.delivery.tuning.resident import Resident
-from mofq.delivery.tuning.streamed import open_tuning
+from mofq.delivery.tuning.resident import Resident, judge
+from mofq.delivery.tuning.streamed import Streamed, open_tuning
 from mofq.delivery.tuning.tune import (
     BATCH,
     Split,
-    Tunable,
     Tuned,
+    is_held_out,
     split_sequences,
     tune_model,
 )
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.delivery.validation.streamed import work_folder
-from mofq.evidence.calibration.stats import Plan
-from mofq.evidence.code_changes import to_tensors
+from mofq.evidence.calibration.stats import Plan, read_stats
+from mofq.evidence.code_changes import CodeChanges, to_tensors
 from mofq.evidence.fits import Fits
-from mofq.exceptions import CorpusError, RecipeError, Remark, option
+from mofq.exceptions import (
+    CorpusError,
+    RecipeError,
+    Remark,
+    StatsError,
+    StreamingError,
+    option,
+)
 from mofq.files.progress import Progress, Steps, Tell
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
@@ -89,6 +99,7 @@ def tune_recipe(
     base: Base,
     plan: Plan,
     steps: int,
+    judging: Mapping[str, Tensor] = MappingProxyType({}),
     codes: bool = True,
     device: str = "cpu",
     is_streamed: bool = False,
@@ -101,18 +112,20 @@ def tune_recipe(
     Args:
         original: The model as it is.
         recipe: Of ``base``, not tuned.
-        windows: Corpus -> token ids, [N, T], int64: some are stepped on, others judge.
+        windows: Corpus -> token ids, [N, T], int64, of a calibration: they are tuned on.
         base: What the recipe is applied to.
         plan: Of a calibration on the windows.
-        steps: Of four sequences each.
-        codes: Whether codes and scales are learned beside norms.
+        judging: Corpus -> other token ids of the same texts, which judge; empty: every fourth
+            of the windows does.
+        steps: Of four sequences each; 0: codes compensate the errors of layers before, and no more.
+        codes: Whether codes compensate, and codes and scales are learned beside norms.
         device: Where the models run, one after the other.
         is_streamed: Whether one decoder layer is in memory at a time, and not the whole model.
         work: Where what is kept between layers lies, so that a run that was stopped goes on; None:
             in a temporary folder. What was found stays there, small, until `drop_unfinished`: it
             is not lost where whoever asked for it cannot write it.
-        progress: Called with ``"original"`` and ``"tune"``, sequences or layers run, and all of
-            them.
+        progress: Called with ``"compensate"``, ``"original"`` and ``"tune"``, sequences or layers
+            run, and all of them.
         tell: Called with what the disk has to hold, and which codes are not learned and why.
 
     Returns:
@@ -121,11 +134,12 @@ def tune_recipe(
 
     Raises:
         CorpusError: There are too few sequences.
-        RecipeError: The model has neither norms nor codes that can be tuned, or as `apply_recipe`.
+        RecipeError: The model has neither norms nor codes that can be tuned, or no codes that can
+            compensate where nothing else is asked for, or as `apply_recipe`.
         StreamingError: The model cannot be tuned layer by layer.
         MofqError: The disk has too little space, or logits are not finite.
     """
-    split = split_sequences(windows, most=steps * BATCH)
+    split = split_sequences(windows, judging, most=steps * BATCH)
     if len(split.held_out_NT) < _FEWEST_HELD_OUT:
         raise CorpusError(
             f"a model is tuned on three sequences of four and judged by the fourth: at least "
@@ -138,25 +152,21 @@ def tune_recipe(
         index_sha256 = base.checkpoint.index_sha256
         fits = stack.enter_context(open_fits(recipe, base.stats, index_sha256=index_sha256))
         asked = _Asked(
-            *(original, recipe, base, fits, layers, plan, split),
+            *(original, recipe, base, fits, layers, plan, split, bool(judging)),
             *(steps, codes, device, progress, tell),
         )
-        folder, model = None, None
+        folder = None
         if is_streamed:
             folder = stack.enter_context(work_folder(work, asked.identity()))
             if (folder / _DONE).exists():
                 return _tuned_recipe(replace(load_recipe(folder / _DONE), file=recipe.file))
             model = _streamed(stack, asked, folder)
+            _check_has_any(asked, model)
+            tuned = tune_model(model, split, steps=steps)
         else:
-            model = _resident(stack, asked)
-        if model.is_empty:
-            raise RecipeError(
-                f"{recipe.title}: {base.checkpoint.folder} has no norms with weights of their own, "
-                f"and no codes that can be learned."
-            )
-        tuned = tune_model(model, split, steps=steps)
+            tuned = _tune_resident(stack, asked, windows)
         bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
-        done = _with_tuned(bound, tuned, split, plan, steps=steps)
+        done = _with_tuned(bound, tuned, split, plan)
         if folder is not None:
             _keep_alone(done, folder)
     return _tuned_recipe(done)
@@ -189,6 +199,7 @@ class _Asked:
     layers: ModelLayers  #: of the base
     plan: Plan
     split: Split
+    is_apart: bool  #: whether what judges is other text than the windows
     steps: int
     codes: bool
     device: str
@@ -219,14 +230,40 @@ class _Asked:
         }
 
 
-def _resident(stack: ExitStack, asked: _Asked) -> Tunable:
-    """The quantized model in memory, after the original."""
+def _check_has_any(asked: _Asked, model: Resident | Streamed) -> None:
+    """Refuse a model in which nothing can move."""
+    if model.is_empty:
+        raise RecipeError(
+            f"{asked.recipe.title}: {asked.base.checkpoint.folder} has no norms with weights of "
+            f"their own, and no codes that can be learned."
+        )
+
+
+def _tune_resident(stack: ExitStack, asked: _Asked, windows: Mapping[str, Tensor]) -> Tuned:
+    """Tune the quantized model in memory: first by compensation, then by steps."""
+    start = _compensated(asked, windows) if asked.codes else {}
     stepped, held_out = (stack.enter_context(OriginalLogits()) for _ in range(2))
     _run_original(asked, into=(stepped, held_out))
     recipe, layers, checkpoint = asked.recipe, asked.layers, asked.base.checkpoint
-    stats, device, progress = asked.base.stats, asked.device, asked.progress
+    stats, device, progress, split = asked.base.stats, asked.device, asked.progress, asked.split
     model = load_model(checkpoint.folder, dtype=asked.plan.dtype, device=device)
     apply_recipe(model, recipe, checkpoint=checkpoint, stats=stats, progress=progress)
+    before_N = begun_N = None
+    if start:
+        tell = Steps(progress, "tune", 2 * len(split.held_out_NT))
+        before_N = judge(model, split.held_out_NT, held_out, tell=tell)
+        put = partial(
+            put_codes, *(model, recipe, layers, checkpoint), fits=asked.fits, names=tuple(start)
+        )
+        put(changes=start)
+        begun_N = judge(model, split.held_out_NT, held_out, tell=tell)
+        if asked.steps and float(begun_N.mean()) >= float(before_N.mean()):
+            start, begun_N = {}, before_N
+            put(changes=start)
+    if not asked.steps:
+        assert before_N is not None
+        assert begun_N is not None
+        return Tuned({}, dict(start), before_N, begun_N, compensated=len(start))
     norms = find_norms(model, checkpoint, layers.architecture)
     room = _find_room(asked) if asked.codes else _Room(codes=False)
     if room.note and asked.tell is not None:
@@ -234,12 +271,95 @@ def _resident(stack: ExitStack, asked: _Asked) -> Tunable:
     learned: list[LearnedCodes] = []
     if room.codes:
         learned = list(
-            learned_layers(model, recipe, layers, checkpoint, fits=asked.fits, experts=room.experts)
+            learned_layers(
+                *(model, recipe, layers, checkpoint),
+                fits=asked.fits,
+                experts=room.experts,
+                start=start,
+            )
         )
-    return Resident(model, norms, learned, asked.split, stepped, held_out, asked.steps, progress)
+    resident = Resident(
+        *(model, norms, learned, split, stepped, held_out, asked.steps),
+        is_judged=begun_N is not None,
+        progress=progress,
+    )
+    _check_has_any(asked, resident)
+    tuned = tune_model(resident, split, steps=asked.steps, before_N=begun_N)
+    if not start or before_N is None or begun_N is None:
+        return tuned
+    if float(tuned.after_N.mean()) >= float(begun_N.mean()):
+        return Tuned({}, dict(start), before_N, begun_N, compensated=len(start))
+    changes = {**start, **tuned.changes}  # what is learned has what it began with
+    return replace(tuned, changes=changes, before_N=before_N, compensated=len(start))
 
 
-def _streamed(stack: ExitStack, asked: _Asked, folder: Path) -> Tunable:
+def _compensated(asked: _Asked, windows: Mapping[str, Tensor]) -> dict[str, CodeChanges]:
+    """What makes up for the errors of layers before, where the statistics say enough.
+
+    Raises:
+        RecipeError: They do not, and nothing else is asked for.
+    """
+    reason = None
+    with ExitStack() as stack:
+        try:
+            found = None if asked.base.stats is None else read_stats(asked.base.stats)
+            if found is None:
+                reason = "there are no statistics"
+            elif not _is_of_windows(found.plan, asked.plan):
+                reason = (
+                    f"{found.folder} is not of these sequences: {option('corpora')}, "
+                    f"{option('sequences')}, {option('sequence_length')} and {option('bos')} are "
+                    f"to be those of `mofq calibrate`"
+                )
+            else:
+                seen = stack.enter_context(Fits(found))
+                changes = compensate(
+                    asked.base.checkpoint,
+                    asked.recipe,
+                    list(_stepped(windows, found.plan, asked.is_apart)),
+                    layers=asked.layers,
+                    fits=asked.fits,
+                    seen=seen,
+                    dtype=asked.plan.dtype,
+                    device=asked.device,
+                    progress=asked.progress,
+                )
+                if changes:
+                    return changes
+                reason = "no layer outside of experts has codes and enough tokens for that"
+        except (StatsError, StreamingError) as error:
+            reason = error.template.rstrip(".")
+    said = f"Codes do not compensate the errors of layers before: {reason}."
+    if not asked.steps:
+        raise RecipeError(f"{asked.recipe.title}: {said}")
+    if asked.tell is not None:
+        asked.tell(Remark(said))
+    return {}
+
+
+def _is_of_windows(plan: Plan, other: Plan) -> bool:
+    """Whether two calibrations run the very same sequences."""
+    one, two = (
+        (
+            [(corpus.name, corpus.text_sha256, corpus.sequences) for corpus in each.corpora],
+            each.sequence_length,
+            each.bos,
+        )
+        for each in (plan, other)
+    )
+    return one == two
+
+
+def _stepped(windows: Mapping[str, Tensor], plan: Plan, is_apart: bool) -> Iterator[SeenTokens]:
+    """The sequences that do not judge, of those whose inputs the statistics have."""
+    for corpus, tokens_NT in windows.items():
+        known = plan.corpus(corpus)
+        for index in range(known.sequences) if plan.inputs else known.kept_indices:
+            if is_apart or not is_held_out(index):
+                yield SeenTokens(corpus, index, tokens_NT[index])
+
+
+def _streamed(stack: ExitStack, asked: _Asked, folder: Path) -> Streamed:
     """The same layer by layer; what a tuning of the same left in the folder is taken."""
     return stack.enter_context(
         open_tuning(
@@ -301,7 +421,7 @@ def _run_original(asked: _Asked, *, into: tuple[OriginalLogits, OriginalLogits])
         run_original(model, tokens_NT, into=logits, progress=lambda *_: step())
 
 
-def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps: int) -> Recipe:
+def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan) -> Recipe:
     tensors = tuned.tensors | to_tensors(tuned.changes)
     content = save({name: tensors[name].contiguous() for name in sorted(tensors)})
     sha256 = hashlib.sha256(content).hexdigest()
@@ -312,7 +432,8 @@ def _with_tuned(recipe: Recipe, tuned: Tuned, split: Split, plan: Plan, *, steps
         mofq=__version__,
         tensors=len(tuned.tensors),
         layers=len(tuned.changes),
-        steps=steps,
+        compensated=tuned.compensated,
+        steps=tuned.steps,
         sequences=len(split.stepped_NT),
         sequence_length=plan.sequence_length,
         bos=bool(plan.bos),

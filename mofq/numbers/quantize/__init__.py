@@ -11,11 +11,17 @@ from __future__ import annotations
 
 from mofq.numbers.quantize.activations import fake_quantize_activation, fake_quantize_cache
 from mofq.numbers.quantize.fake_quant_linear import FakeQuantLinear
-from mofq.numbers.quantize.gptq import Feedback, factorise_hessian, one_thread
+from mofq.numbers.quantize.gptq import (
+    Feedback,
+    damped_hessian,
+    factorise_hessian,
+    one_thread,
+)
 from mofq.numbers.quantize.rounding import round_to_format
 from mofq.numbers.quantize.weights import (
     QuantizedWeight,
     dequantize_weight,
+    descend_from,
     fake_quantize_weight,
     quantize_weight,
     quantize_with_scales,
@@ -25,7 +31,9 @@ __all__ = [
     "FakeQuantLinear",
     "Feedback",
     "QuantizedWeight",
+    "damped_hessian",
     "dequantize_weight",
+    "descend_from",
     "factorise_hessian",
     "fake_quantize_activation",
     "fake_quantize_cache",

@@ -48,6 +48,7 @@ def descend(
     scheme: TensorScheme,
     hessian_II: Tensor,
     tile: tuple[int, int],
+    moves_scales: bool = True,
 ) -> tuple[Tensor, Scales | None]:
     """Lower what the rounding of some rows costs.
 
@@ -59,12 +60,14 @@ def descend(
         hessian_II: Damped, [in_features, in_features], each column whole multiples below 2**22 of
             a power of two.
         tile: Rows and columns that share a scale.
+        moves_scales: Whether scales change where they can.
 
     Returns:
         Codes and scales in the place of those given.
     """
     rows, columns = tile
     descent = _Descent(weight_IO, codes_IO, scales, scheme, hessian_II, rows, columns)
+    descent.moves_scales &= moves_scales
     for _ in range(SWEEPS):
         for start, stop in _batches(len(weight_IO), columns):
             descent.pass_batch(start, stop)
@@ -95,7 +98,7 @@ class _Descent:
         self.scales = None if scales is None else scales.map(torch.clone)
         self._scheme, self._rows, self._columns = scheme, rows, columns
         self._hessian_II = hessian_II
-        self._moves_scales = (
+        self.moves_scales = (
             scales is not None
             and scheme.granularity.kind == "group"
             and columns <= SUMMED
@@ -118,7 +121,7 @@ class _Descent:
         before_BO = value_BO = self._decoded(start, stop, scales)
         pull_BO = self._pull_IO[batch].clone()
         hessian_BB = self._hessian_II[batch, batch].double()
-        if self._moves_scales:
+        if self.moves_scales:
             self._move_scale(start, stop, pull_BO, hessian_BB)
             scales = self._scales_at(start)
             value_BO = self._decoded(start, stop, scales)

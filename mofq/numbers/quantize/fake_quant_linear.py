@@ -77,16 +77,20 @@ class FakeQuantLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x`` [..., in_features] and apply the layer, to [..., out_features]."""
-        if self.scheme.activation is not None:
-            round_to = partial(
-                fake_quantize_activation,
-                scheme=self.scheme.activation,
-                static_amax=self.static_amax,
-                name=self.layer_name,
-            )
-            x = straight_through(round_to, x)
         bias = self.bias if isinstance(self.bias, Tensor) else None
-        return functional.linear(x, self.weight, bias)
+        return functional.linear(self.rounded(x), self.weight, bias)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied by: ``x`` [..., in_features], rounded by the scheme."""
+        if self.scheme.activation is None:
+            return x
+        round_to = partial(
+            fake_quantize_activation,
+            scheme=self.scheme.activation,
+            static_amax=self.static_amax,
+            name=self.layer_name,
+        )
+        return straight_through(round_to, x)
 
     def extra_repr(self) -> str:
         """Sizes and scheme, for ``print(model)``."""

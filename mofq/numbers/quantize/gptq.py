@@ -152,6 +152,21 @@ def factorise_flipped(
     return Feedback(passed_II, (cost_I / cost_I.max()).float(), hessian_II)
 
 
+def damped_hessian(hessian_II: Tensor) -> Tensor:
+    """Damp a Hessian as `factorise_hessian` does, and keep it as ``~descent`` needs it.
+
+    Args:
+        hessian_II: ``sum c x x^T``, [in_features, in_features], float64, finite. It is changed.
+
+    Returns:
+        Relative to a power of two, float32, in 22 bits by column.
+    """
+    damping = DAMPING * float(hessian_II.diagonal().mean())
+    hessian_II.diagonal().add_(damping if damping > 0 else 1.0)
+    unit = 2.0 ** math.frexp(float(hessian_II.diagonal().max()))[1]
+    return to_22_bits(hessian_II / unit, 0).float()
+
+
 def _unflipped(flipped_II: Tensor) -> Tensor:
     """The whole of a Hessian from the lower triangle of the flipped one, in 22 bits by column."""
     columns = len(flipped_II)

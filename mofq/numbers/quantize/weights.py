@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mofq.exceptions import SchemeError, option
 from mofq.numbers.formats import FloatFormat, IntFormat
+from mofq.numbers.quantize.descent import descend
 from mofq.numbers.quantize.gptq import Feedback, round_with_feedback
 from mofq.numbers.quantize.scale_rules import tile_scales
 from mofq.numbers.quantize.scales import Scales, join_scales
@@ -28,6 +29,8 @@ from mofq.numbers.schemes import TensorScheme
 _CHUNK_ELEMENTS = 2**17
 #: The same on a GPU, where each operation and each look at its result has its price.
 _GPU_CHUNK_ELEMENTS = 2**24
+#: Rows whose codes descend at once: in float64, several times.
+_DESCENT_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,13 @@ class QuantizedWeight:
     """[A, G], uint8; asymmetric only."""
     global_scale: Tensor | None
     """Multiplier, float32 scalar; scale formats with two levels only."""
+
+    def to(self, device: str | torch.device) -> QuantizedWeight:
+        """The same on a device."""
+        others = (self.scale, self.zero_point, self.global_scale)
+        return QuantizedWeight(
+            self.codes_OI.to(device), *(None if one is None else one.to(device) for one in others)
+        )
 
 
 def quantize_weight(
@@ -190,6 +200,48 @@ def quantize_with_scales(
     tiles = to_tiles(weight_OI.to(torch.float32), rows, columns)
     codes_ARGK = encode_tiles(tiles, scheme, _tile_view(scale, zero_point, global_scale))
     return _stored_codes(from_tiles(codes_ARGK), scheme)
+
+
+def descend_from(
+    quantized: QuantizedWeight,
+    weight_OI: Tensor,
+    scheme: TensorScheme,
+    *,
+    hessian_II: Tensor,
+    moves_scales: bool = True,
+) -> QuantizedWeight:
+    """Lower what codes cost that are there already, as ``~descent`` does, whatever made them.
+
+    Args:
+        quantized: Codes and scales to begin with.
+        weight_OI: What they are to stand for, [out_features, in_features], float32, finite.
+        scheme: Whose grid and granularity are used.
+        hessian_II: From ``damped_hessian``, on the weight's device.
+        moves_scales: Whether scales in bf16, f32 and E4M3 of groups move too.
+
+    Returns:
+        Codes and scales. Zero points and global scales stay.
+    """
+    rows, columns = tile_shape(_shape(weight_OI), scheme.granularity, name="weight")
+    scales = _tile_view(quantized.scale, quantized.zero_point, quantized.global_scale)
+    codes, found = [], []
+    for start, stop in row_blocks(
+        *_shape(weight_OI),
+        elements=_DESCENT_ROWS * weight_OI.shape[1],
+        tile_rows=scheme.granularity.rows,
+    ):
+        codes_IO, block = descend(
+            weight_OI[start:stop].T.double().contiguous(),
+            quantized.codes_OI[start:stop].T.float().contiguous(),
+            _part(scales, start // rows, -(-stop // rows)),
+            scheme=scheme,
+            hessian_II=hessian_II,
+            tile=(min(rows, stop - start), columns),
+            moves_scales=moves_scales,
+        )
+        codes.append(_stored_codes(codes_IO.T.contiguous(), scheme))
+        found += [] if block is None else [block]
+    return _joined(codes, found, scheme)
 
 
 def _check(

@@ -1,0 +1,270 @@
+"""Codes that make up for what the layers before them change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibrated import calibrate_folder, plan_of, some_tokens
+from conftest import TinyCheckpoint
+from emulated import recipe_of
+from torch import Tensor
+
+from mofq.decision.recipe import Recipe, load_recipe, write_recipe
+from mofq.delivery.apply.emulate import apply
+from mofq.delivery.rewriting.remake import Base
+from mofq.delivery.tuning.codes import learned_layers
+from mofq.delivery.tuning.compensate import FittedLayer, SeenTokens, compensate
+from mofq.delivery.tuning.residual import AddsTo, find_added
+from mofq.delivery.tuning.tune_recipe import TunedRecipe, tune_recipe
+from mofq.delivery.validation import find_deviations
+from mofq.evidence.calibration.stats import read_stats
+from mofq.evidence.code_changes import CodeChanges, from_tensors, to_tensors, unknown_names
+from mofq.evidence.fits import Fits, SeenSequence
+from mofq.exceptions import RecipeError
+from mofq.model.checkpoint.headers import open_checkpoint
+from mofq.model.layers import LinearLayer, find_layers, find_loaded_weight, is_expert
+from mofq.model.loading import load_model
+from mofq.model.streaming.replay import StreamedSequence
+from mofq.model.streaming.streamed import open_streamed
+from mofq.numbers.quantize import FakeQuantLinear
+from mofq.numbers.schemes import parse_scheme
+
+#: Tokens enough for four times the inputs of the widest layer.
+WINDOWS = {"a": some_tokens(24, 64)}
+LLAMA = {"o_proj": ("", "post_attention_layernorm"), "down_proj": ("", None)}
+AFTER_NORMS = {
+    "o_proj": ("post_attention_layernorm", "pre_feedforward_layernorm"),
+    "down_proj": ("post_feedforward_layernorm", None),
+}
+
+
+def added_in(folder: Path, tmp_path: Path) -> dict[str, AddsTo]:
+    """What adds to the residual stream in the last decoder layer."""
+    layers = find_layers(open_checkpoint(str(folder)))
+    paths = [
+        find_loaded_weight(layer, layers.architecture).name.rpartition(".")[0]
+        for layer in layers.grouped_layers
+        if layer.role == "linear" and not is_expert(layer)
+    ]
+    found: dict[str, AddsTo] = {}
+    with open_streamed(folder) as streamed, torch.no_grad():
+        sequence = StreamedSequence(WINDOWS["a"][0], tmp_path)
+        for step in count():
+            unit = streamed.unit_at(sequence, step)
+            if unit == streamed.head:
+                return found
+            inside = [path for path in paths if path.startswith(f"{unit}.")]
+            with streamed.weights.loaded(unit):
+                if inside:
+                    call, _ = streamed.replayer.reach(sequence, step)
+                    found = find_added(call, streamed.model, inside)
+                streamed.run_step(sequence, step, unit)
+                streamed.writer.wait()
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", LLAMA),
+        ("gemma3_text", AFTER_NORMS),
+        # Attention and MLP read the same, and are added together.
+        ("cohere2", {"o_proj": ("", None), "down_proj": ("", None)}),
+        ("mixtral", {"o_proj": LLAMA["o_proj"]}),  # what experts give is a sum
+        ("opt", {}),
+    ],
+)
+def test_what_adds_to_the_residual_stream_is_seen(
+    family: str,
+    expected: dict[str, tuple[str, str | None]],
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
+    found = added_in(tiny(family), tmp_path)
+    ends = {
+        path.rpartition(".")[2]: (
+            "" if one.through == path else one.through.rpartition(".")[2],
+            one.behind and one.behind.rpartition(".")[2],
+        )
+        for path, one in found.items()
+    }
+    assert ends == expected
+
+
+@pytest.fixture(scope="module")
+def stats(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compensate") / "stats"
+    calibrate_folder(tiny("llama"), folder, WINDOWS, kept=6, inputs=True)
+    return folder
+
+
+def changes_of(
+    folder: Path, recipe: Recipe, stats: Path, indices: Any = range(24)
+) -> dict[str, CodeChanges]:
+    checkpoint = open_checkpoint(str(folder))
+    with Fits(read_stats(stats)) as seen:
+        return compensate(
+            checkpoint,
+            recipe,
+            [SeenTokens("a", index, WINDOWS["a"][index]) for index in indices],
+            layers=find_layers(checkpoint),
+            fits=None,
+            seen=seen,
+            dtype="float32",
+            device="cpu",
+        )
+
+
+def hidden_states(model: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model.model(WINDOWS["a"]).last_hidden_state
+    return found
+
+
+def lost(folder: Path, recipe: Recipe, changes: dict[str, CodeChanges]) -> float:
+    """How far the last hidden states are from the original's, squared."""
+    checkpoint = open_checkpoint(str(folder))
+    model = apply(load_model(folder), recipe, checkpoint=checkpoint)
+    layers = find_layers(checkpoint)
+    for one in learned_layers(model, recipe, layers, checkpoint, fits=None, start=changes):
+        one.put()
+    return float((hidden_states(model) - hidden_states(load_model(folder))).square().sum())
+
+
+@pytest.mark.parametrize("scheme", ["int4.g32", "nvfp4", "int4.channel+int8.token"])
+def test_what_layers_before_lost_is_given_back(
+    scheme: str, tiny: TinyCheckpoint, stats: Path
+) -> None:
+    folder = tiny("llama")
+    recipe = recipe_of(open_checkpoint(str(folder)), scheme)
+    changes = changes_of(folder, recipe, stats)
+    assert len(changes) == 14  # all layers of both decoder layers
+    assert any(len(one.at_N) for one in changes.values())
+    plain, compensated = (lost(folder, recipe, one) for one in ({}, changes))
+    assert compensated < 0.85 * plain
+
+
+@pytest.mark.parametrize("is_borne_out", [True, False])
+def test_what_other_text_bears_out_is_given_back(is_borne_out: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    weight_OI, moved_OI = draw(24, 32), 0.1 * draw(24, 32)
+    layer = LinearLayer("x", "x.weight", 24, 32, "BF16", "x", "x")
+    scheme = parse_scheme("int4.g32")
+    module = FakeQuantLinear(weight_OI, None, scheme=scheme)
+    assert scheme.weight is not None
+    one = FittedLayer(layer, scheme.weight, "x", module, None, AddsTo("x", "x", None))
+    one.begin()
+    for half in (0, 1):
+        x_TI = draw(400, 32)
+        lost_TO = x_TI @ moved_OI.T if is_borne_out else draw(400, 24)
+        seen = SeenSequence(x_TI, torch.ones(400, dtype=torch.float64), 0.5, ("a", half, "x"))
+        assert one.see(x_TI, seen, lost_TO, half=half)
+    given_OI = one.target(weight_OI) - weight_OI
+    if is_borne_out:
+        assert (given_OI - moved_OI).norm() < 0.15 * moved_OI.norm()
+    else:  # least squares alone give sqrt(32 / 800) of the size of the weight back
+        assert given_OI.norm() < 0.1 * (32 / 800) ** 0.5 * 24**0.5 * 32**0.5
+
+
+def test_layers_with_too_few_tokens_keep_their_codes(tiny: TinyCheckpoint, stats: Path) -> None:
+    recipe = recipe_of(open_checkpoint(str(tiny("llama"))), "int4.g32")
+    found = changes_of(tiny("llama"), recipe, stats, range(10))  # 640 tokens, of 128 and 256 inputs
+    assert found
+    assert not any("down_proj" in name for name in found)
+    assert not changes_of(tiny("llama"), recipe, stats, range(4))
+
+
+def tune(folder: Path, stats: Path | None, *, steps: int, **options: Any) -> TunedRecipe:
+    checkpoint = open_checkpoint(str(folder))
+    return tune_recipe(
+        checkpoint,
+        options.pop("recipe", None) or recipe_of(checkpoint, "int4.g32"),
+        WINDOWS,
+        base=Base(checkpoint, stats),
+        plan=options.pop("plan", None) or plan_of(folder, WINDOWS),
+        steps=steps,
+        **options,
+    )
+
+
+def test_compensation_alone_is_a_tuning_without_steps(
+    tiny: TinyCheckpoint, stats: Path, tmp_path: Path
+) -> None:
+    folder = tiny("llama")
+    recipe = recipe_of(open_checkpoint(str(folder)), "int3.channel")
+    found = tune(folder, stats, steps=0, recipe=recipe)
+    assert found.helps
+    tuning = found.tuning
+    assert (tuning.steps, tuning.tensors, tuning.layers, tuning.compensated) == (0, 0, 14, 14)
+    assert tuning.what == "codes of 14 layers compensate errors of those before"
+    assert tuning.kl_after < 0.95 * tuning.kl_before
+    write_recipe(found.recipe, tmp_path / "recipe.yaml")
+    read = load_recipe(tmp_path / "recipe.yaml")
+    checkpoint = open_checkpoint(str(folder))
+    model = apply(load_model(folder), read, checkpoint=checkpoint)
+    assert not find_deviations(model, read, checkpoint=checkpoint)
+    assert find_deviations(
+        apply(load_model(folder), replace(read, tuning=None), checkpoint=checkpoint),
+        read,
+        checkpoint=checkpoint,
+    )
+
+
+@pytest.mark.long
+def test_steps_go_on_from_codes_that_compensate(tiny: TinyCheckpoint, stats: Path) -> None:
+    folder = tiny("llama")
+    alone, steps, both = (
+        tune(folder, one, steps=n).tuning for one, n in ((stats, 0), (None, 40), (stats, 40))
+    )
+    assert (both.steps, both.compensated) == (40, 14)
+    assert both.kl_before == alone.kl_before == steps.kl_before
+    assert both.kl_after < min(alone.kl_after, steps.kl_after)
+    assert "compensate" in both.what
+    assert "learned" in both.what
+
+
+def test_statistics_of_other_sequences_do_not_compensate(tiny: TinyCheckpoint, stats: Path) -> None:
+    folder = tiny("llama")
+    told: list[str] = []
+    other = {"a": some_tokens(24, 64)[:, :32]}
+    plan = plan_of(folder, other)
+    with pytest.raises(RecipeError, match="is not of these sequences: corpora, sequences"):
+        tune(folder, stats, steps=0, plan=plan)
+    with pytest.raises(RecipeError, match="there are no statistics"):
+        tune(folder, None, steps=0)
+    found = tune(folder, stats, steps=1, plan=plan, tell=told.append)
+    assert found.tuning.compensated == 0
+    assert "Codes do not compensate the errors of layers before" in told[0]
+
+
+@pytest.mark.parametrize(
+    "places", [[], [0], [254, 255, 256], [255, 2000], [3, 4, 1000, 1001, 9999]]
+)
+def test_places_are_a_byte_each_in_a_file(places: list[int]) -> None:
+    at_N = torch.tensor(places, dtype=torch.int64)
+    codes_N = torch.arange(len(places)).to(torch.int8)
+    tensors = to_tensors({"x": CodeChanges(at_N, codes_N, None)})
+    assert not unknown_names(tensors)
+    assert len(tensors["codes/x/gaps"]) <= len(places) + (max(places, default=0) + 1) // 255
+    found = from_tensors(tensors)["x"]
+    assert torch.equal(found.at_N, at_N)
+    assert torch.equal(found.codes_N, codes_N)
+    before = {"codes/x/at": at_N, "codes/x/codes": codes_N}  # of versions before
+    assert torch.equal(from_tensors(before)["x"].at_N, at_N)
+
+
+def test_changes_to_changes_are_changes() -> None:
+    scale = torch.ones(2, 1)
+    one = CodeChanges(torch.tensor([1, 5]), torch.tensor([1, 2], dtype=torch.int8), scale)
+    two = CodeChanges(torch.tensor([3, 5]), torch.tensor([7, 8], dtype=torch.int8), None)
+    both = one.then(two)
+    assert both.at_N.tolist() == [1, 3, 5]
+    assert both.codes_N.tolist() == [1, 7, 8]
+    assert both.scale is scale
