@@ -44,7 +44,7 @@ AFTER_NORMS = {
 }
 
 
-def added_in(folder: Path, tmp_path: Path) -> dict[str, AddsTo]:
+def added_in(folder: Path, tmp_path: Path, dtype: str = "float32") -> dict[str, AddsTo]:
     """What adds to the residual stream in the last decoder layer."""
     layers = find_layers(open_checkpoint(str(folder)))
     paths = [
@@ -53,7 +53,7 @@ def added_in(folder: Path, tmp_path: Path) -> dict[str, AddsTo]:
         if layer.role == "linear" and not is_expert(layer)
     ]
     found: dict[str, AddsTo] = {}
-    with open_streamed(folder) as streamed, torch.no_grad():
+    with open_streamed(folder, dtype=dtype) as streamed, torch.no_grad():
         sequence = StreamedSequence(WINDOWS["a"][0], tmp_path)
         for step in count():
             unit = streamed.unit_at(sequence, step)
@@ -67,6 +67,17 @@ def added_in(folder: Path, tmp_path: Path) -> dict[str, AddsTo]:
                 streamed.run_step(sequence, step, unit)
                 streamed.writer.wait()
     raise AssertionError
+
+
+def ends_of(found: dict[str, AddsTo]) -> dict[str, tuple[str, str | None]]:
+    """The same by the last parts of paths."""
+    return {
+        path.rpartition(".")[2]: (
+            "" if one.through == path else one.through.rpartition(".")[2],
+            one.behind and one.behind.rpartition(".")[2],
+        )
+        for path, one in found.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -86,15 +97,17 @@ def test_what_adds_to_the_residual_stream_is_seen(
     tiny: TinyCheckpoint,
     tmp_path: Path,
 ) -> None:
-    found = added_in(tiny(family), tmp_path)
-    ends = {
-        path.rpartition(".")[2]: (
-            "" if one.through == path else one.through.rpartition(".")[2],
-            one.behind and one.behind.rpartition(".")[2],
-        )
-        for path, one in found.items()
-    }
-    assert ends == expected
+    assert ends_of(added_in(tiny(family), tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", LLAMA), ("gemma3_text", AFTER_NORMS)])
+def test_sums_are_seen_that_bfloat16_rounds(
+    family: str,
+    expected: dict[str, tuple[str, str | None]],
+    tiny: TinyCheckpoint,
+    tmp_path: Path,
+) -> None:
+    assert ends_of(added_in(tiny(family), tmp_path, "bfloat16")) == expected
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +194,30 @@ def test_layers_with_too_few_tokens_keep_their_codes(tiny: TinyCheckpoint, stats
     assert not changes_of(tiny("llama"), recipe, stats, range(4))
 
 
+def test_both_halves_have_as_many_of_the_sequences_that_count(
+    tiny: TinyCheckpoint, stats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves: list[int] = []
+
+    def see(*_: object, half: int) -> bool:
+        halves.append(half)
+        return True
+
+    monkeypatch.setattr(FittedLayer, "see", see)
+    recipe = recipe_of(open_checkpoint(str(tiny("llama"))), "int4.g32")
+    changes_of(tiny("llama"), recipe, stats, [n for n in range(24) if n % 4 != 3])
+    assert halves.count(0) == halves.count(1) > 0
+
+
+def test_layers_that_read_the_same_need_room_together(
+    tiny: TinyCheckpoint, stats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mofq.delivery.tuning.compensate.free_bytes", lambda _: 10 * 8 * 128**2)
+    recipe = recipe_of(open_checkpoint(str(tiny("llama"))), "int4.g32")
+    found = changes_of(tiny("llama"), recipe, stats)
+    assert {name.rpartition(".")[2] for name in found} == {"o_proj"}  # alone, of 128 inputs
+
+
 def tune(folder: Path, stats: Path | None, *, steps: int, **options: Any) -> TunedRecipe:
     checkpoint = open_checkpoint(str(folder))
     return tune_recipe(
@@ -242,6 +279,20 @@ def test_statistics_of_other_sequences_do_not_compensate(tiny: TinyCheckpoint, s
     found = tune(folder, stats, steps=1, plan=plan, tell=told.append)
     assert found.tuning.compensated == 0
     assert "Codes do not compensate the errors of layers before" in told[0]
+
+
+def test_statistics_of_another_model_do_not_compensate(tiny: TinyCheckpoint, stats: Path) -> None:
+    folder = tiny("mistral")
+    with pytest.raises(RecipeError, match="calibrated on llama"):
+        tune(folder, stats, steps=0)
+
+
+def test_without_steps_codes_must_be_free_to_compensate(tiny: TinyCheckpoint, stats: Path) -> None:
+    folder = tiny("llama")
+    with pytest.raises(RecipeError, match="leaves them as they are"):
+        tune(folder, stats, steps=0, codes=False)
+    with pytest.raises(RecipeError, match="tuned layer by layer"):
+        tune(folder, stats, steps=0, is_streamed=True)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,9 @@ _DAMPINGS = (0.1, 0.3, 1.0)
 _ROWS = 256
 #: Fewest tokens for each input of a layer: of fewer, least squares fit what is chance.
 _TOKENS_PER_INPUT = 4
-#: Matrices of inputs by inputs, in eight bytes, that a layer takes at once.
-_MATRICES = 5
+#: Matrices in eight bytes, of inputs by inputs: of each layer that reads the same, and beside them;
+#: of outputs by inputs: of the largest of them.
+_MATRICES, _BESIDE, _OF_OUTPUTS = 2, 3, 4
 #: Every other sequence is of one half.
 _HALVES = 2
 
@@ -281,20 +282,24 @@ class _Compensation:
                 at = find_loaded_weight(layer, self.layers.architecture)
                 path = at.name.rpartition(".")[0]
                 module = model.get_submodule(path)
-                if isinstance(module, FakeQuantLinear) and _has_room(layer, module):
+                if isinstance(module, FakeQuantLinear):
                     known = amax.get(layer.name)
                     yield FittedLayer(layer, scheme, path, module, known, added.get(path))
 
     def _fit(self, together: Sequence[FittedLayer], step: int) -> None:
-        """Find the codes of layers that read the same anew."""
+        """Find the codes of layers that read the same anew, where there is room for it."""
+        if not _has_room(together):
+            return
         for one in together:
             one.begin()
         try:
             known = zip(*(self.seen.seen(one.layer) for one in together), strict=True)
-            for number, every in enumerate(known):
+            number = 0
+            for every in known:
                 key = every[0].key[:2]
                 if key not in self.sequences:
                     continue
+                number += 1
                 x_TI, lost = self._inputs(together, key, step)
                 for one, seen in zip(together, every, strict=True):
                     rounded_TI = one.module.rounded(x_TI).float()
@@ -373,9 +378,12 @@ def _solved(hessian_II: Tensor, given_OI: Tensor, damping: float) -> Tensor:
     return torch.cholesky_solve(given_OI.double().T, root_II).T.float()
 
 
-def _has_room(layer: LinearLayer, module: FakeQuantLinear) -> bool:
-    free = free_bytes(str(module.weight.device))
-    return free is None or _MATRICES * 8 * layer.in_features**2 < free
+def _has_room(together: Sequence[FittedLayer]) -> bool:
+    free = free_bytes(str(together[0].module.weight.device))
+    columns = together[0].layer.in_features
+    rows = max(one.layer.out_features for one in together)
+    of_inputs = (_MATRICES * len(together) + _BESIDE) * columns**2
+    return free is None or 8 * (of_inputs + _OF_OUTPUTS * rows * columns) < free
 
 
 def compensate(

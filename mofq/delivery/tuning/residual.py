@@ -161,7 +161,7 @@ def find_added(reached: Call, model: nn.Module, names: Collection[str]) -> dict[
                     path
                     for path, after in behind.items()
                     for before in befores
-                    if size > 0 and float((after - before - added).float().norm()) <= _EXACT * size
+                    if size > 0 and _is_sum(after, before, added, within=_EXACT * size)
                 ),
                 name,
             )
@@ -211,6 +211,13 @@ class _Seen:
                 self.gave[path] = output
 
         return note
+
+
+def _is_sum(after: Tensor, before: Tensor, added: Tensor, *, within: float) -> bool:
+    """Whether two are together the third; in bfloat16 only the model's own sum is that exactly."""
+    if torch.equal(before + added, after):
+        return True
+    return float((after.float() - before.float() - added.float()).norm()) <= within
 
 
 def _rows(x: Tensor) -> Tensor:

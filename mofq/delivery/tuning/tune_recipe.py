@@ -46,7 +46,7 @@ from mofq.delivery.tuning.tune import (
 )
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.delivery.validation.streamed import work_folder
-from mofq.evidence.calibration.stats import Plan, read_stats
+from mofq.evidence.calibration.stats import Plan, check_same_model, read_stats
 from mofq.evidence.code_changes import CodeChanges, to_tensors
 from mofq.evidence.fits import Fits
 from mofq.exceptions import (
@@ -147,6 +147,12 @@ def tune_recipe(
             f"too few windows were cut. Give longer text, a larger {option('sequences')}, or a "
             f"smaller {option('sequence_length')}."
         )
+    if not steps and not codes:
+        raise RecipeError(
+            f"{recipe.title}: {option('steps', 0)} compensates by codes, and "
+            f"{option('what', 'norms')} leaves them as they are. Take {option('what', 'all')}, or "
+            f"at least one step."
+        )
     layers = checked_layers(base.checkpoint, recipe, experts_apart=True)
     with ExitStack() as stack:
         index_sha256 = base.checkpoint.index_sha256
@@ -157,6 +163,8 @@ def tune_recipe(
         )
         folder = None
         if is_streamed:
+            if base.stats is not None or not steps:
+                _not_compensated(asked, "the model is tuned layer by layer")
             folder = stack.enter_context(work_folder(work, asked.identity()))
             if (folder / _DONE).exists():
                 return _tuned_recipe(replace(load_recipe(folder / _DONE), file=recipe.file))
@@ -312,6 +320,8 @@ def _compensated(asked: _Asked, windows: Mapping[str, Tensor]) -> dict[str, Code
                     f"to be those of `mofq calibrate`"
                 )
             else:
+                base = asked.base.checkpoint
+                check_same_model(found, base, weights_sha256=hash_weights(base))
                 seen = stack.enter_context(Fits(found))
                 changes = compensate(
                     asked.base.checkpoint,
@@ -329,12 +339,21 @@ def _compensated(asked: _Asked, windows: Mapping[str, Tensor]) -> dict[str, Code
                 reason = "no layer outside of experts has codes and enough tokens for that"
         except (StatsError, StreamingError) as error:
             reason = error.template.rstrip(".")
+    _not_compensated(asked, reason)
+    return {}
+
+
+def _not_compensated(asked: _Asked, reason: str | None) -> None:
+    """Tell why codes do not compensate, where they were to.
+
+    Raises:
+        RecipeError: Nothing else is asked for.
+    """
     said = f"Codes do not compensate the errors of layers before: {reason}."
     if not asked.steps:
         raise RecipeError(f"{asked.recipe.title}: {said}")
-    if asked.tell is not None:
+    if asked.codes and asked.tell is not None:
         asked.tell(Remark(said))
-    return {}
 
 
 def _is_of_windows(plan: Plan, other: Plan) -> bool:
