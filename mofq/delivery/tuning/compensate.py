@@ -19,8 +19,8 @@ their codes. Where inputs are rounded, ``x'`` are the rounded ones. Tokens count
 ``x`` and ``w`` are in the statistics. The model is run as it is and quantized, one decoder layer in
 memory at a time. Experts keep their codes: other tokens reach them than in the original.
 
-Source: GPTAQ, Y. Li et al., arXiv:2504.02692, which puts ``x - x'`` into GPTQ's updates of columns;
-the residual stream is mofq's own.
+Source: GPTAQ, Y. Li et al., arXiv:2504.02692, which puts ``x - x'`` into GPTQ's updates of columns.
+What the stream lost, and the share, are added to that here.
 """
 
 from __future__ import annotations
