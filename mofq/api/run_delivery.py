@@ -163,9 +163,13 @@ def tune_where_it_helps(
     tell = run.options.tell
     if set(recipe.schemes.values()) == {"bf16"}:
         return recipe
-    if reason := _why_not_tuned(run, recipe):
+    if reason := _why_not_tuned(run):
         tell(Remark(f"The recipe is not tuned: {reason}."))
         return recipe
+    steps, is_streamed = _steps(run.options.effort, recipe.kl_nats_per_token), _is_streamed(run)
+    if steps and is_streamed and run.options.effort != "best":
+        tell(Remark(f"Codes are tuned by compensation alone: {_takes_long(steps)}."))
+        steps = 0
     try:
         found = tune_recipe(
             run.checkpoint,
@@ -177,9 +181,9 @@ def tune_where_it_helps(
             ),
             base=Base(open_checkpoint(subject.model), subject.stats),
             plan=run.plan,
-            steps=_steps(run.options.effort, recipe.kl_nats_per_token),
+            steps=steps,
             device=run.options.running.device,
-            is_streamed=_is_streamed(run),
+            is_streamed=is_streamed,
             work=files.tuning,
             progress=run.options.progress,
             tell=tell,
@@ -196,31 +200,30 @@ def tune_where_it_helps(
     return found.recipe
 
 
-def _why_not_tuned(run: CheckedRun, recipe: Recipe) -> str | None:
+def _why_not_tuned(run: CheckedRun) -> str | None:
     """Why a recipe is not tuned in a run; None where they are."""
-    asked, kl = run.options, recipe.kl_nats_per_token
-    steps = _steps(asked.effort, kl)
-    instead = (
-        f"{option('effort', 'best')} tunes it nevertheless, and so does `mofq tune` with the "
-        f"recipe that is written"
-    )
+    asked = run.options
     if asked.request.budgets.max_kl is not None:
         return "a budget in nats is proved of the recipe as it was found"
     if asked.other_tool is not None:
         return f"a file for {asked.other_tool} is of the model as it is"
     if asked.execution == "spread":
         return f"{option('execution', 'spread')} spreads the model"
-    if asked.effort != "best" and (asked.no_stats or _is_streamed(run)):
-        if not steps:
-            return (
-                f"{kl:.3g} nats per token are predicted, and of a model that is run layer by layer "
-                f"the time is saved below {_LEAST_TUNED:g}. {instead}"
-            )
+    if asked.effort != "best" and asked.no_stats:
         return (
-            f"the model is run layer by layer, and {steps} steps would read and quantize all of "
-            f"it {2 * steps} times. {instead}"
+            f"codes compensate the errors of layers before by statistics, which are not stored, "
+            f"and {_takes_long(_NORMAL_STEPS)}"
         )
     return None
+
+
+def _takes_long(steps: int) -> str:
+    """Why a model that is run layer by layer is not tuned in steps, unless that is asked for."""
+    return (
+        f"the model is run layer by layer, and {steps} steps would read and quantize all of it "
+        f"{2 * steps} times. {option('effort', 'best')} takes them nevertheless, and so does "
+        f"`mofq tune` with the recipe before, which is this one without its section `tuning`"
+    )
 
 
 def _steps(effort: str, kl: float | None) -> int:

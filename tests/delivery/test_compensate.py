@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from calibrated import calibrate_folder, plan_of, some_tokens
 from conftest import TinyCheckpoint
 from emulated import recipe_of
+from stopped import stopped_at
 from torch import Tensor
 
 from mofq.decision.recipe import Recipe, load_recipe, write_recipe
 from mofq.delivery.apply.emulate import apply
 from mofq.delivery.rewriting.remake import Base
+from mofq.delivery.tuning import compensate as compensate_module
 from mofq.delivery.tuning.codes import learned_layers
 from mofq.delivery.tuning.compensate import FittedLayer, SeenTokens, compensate
 from mofq.delivery.tuning.residual import AddsTo, find_added
@@ -291,8 +294,71 @@ def test_without_steps_codes_must_be_free_to_compensate(tiny: TinyCheckpoint, st
     folder = tiny("llama")
     with pytest.raises(RecipeError, match="leaves them as they are"):
         tune(folder, stats, steps=0, codes=False)
-    with pytest.raises(RecipeError, match="tuned layer by layer"):
-        tune(folder, stats, steps=0, is_streamed=True)
+
+
+@pytest.mark.parametrize("scheme", ["int4.g32", "mxfp4+mxfp4"])
+@pytest.mark.parametrize("steps", [0, pytest.param(2, marks=pytest.mark.long)])
+def test_a_model_in_memory_and_one_layer_by_layer_compensate_the_same(
+    steps: int, scheme: str, tiny: TinyCheckpoint, stats: Path
+) -> None:
+    folder = tiny("llama")
+    recipe = recipe_of(open_checkpoint(str(folder)), scheme)
+    resident, streamed = (
+        tune(folder, stats, steps=steps, recipe=recipe, is_streamed=one) for one in (False, True)
+    )
+    assert streamed.recipe.tuned == resident.recipe.tuned
+    assert streamed == resident
+    assert streamed.tuning.compensated == 14
+
+
+@pytest.mark.parametrize("scheme", ["int4.g32", pytest.param("nvfp4", marks=pytest.mark.long)])
+def test_a_compensation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+    scheme: str,
+    tiny: TinyCheckpoint,
+    stats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tiny("llama")
+    recipe = recipe_of(open_checkpoint(str(folder)), scheme)
+    whole = tune(folder, stats, steps=1, recipe=recipe)
+    streamed = partial(
+        tune, folder, stats, steps=1, recipe=recipe, is_streamed=True, work=tmp_path / "work"
+    )
+    calls: list[str] = []
+    choose = compensate_module._Compensation._choose
+
+    def counted(self: Any, one: FittedLayer) -> None:
+        calls.append(one.layer.name)
+        choose(self, one)
+
+    monkeypatch.setattr(compensate_module._Compensation, "_choose", counted)
+    for place in (
+        *("original/00003/step-00001", "quantized/00002/step-00001", "codes-00001"),
+        *("quantized/00000/step-00002", "codes-done", "compensated/00002/step-00001"),
+        *("rounded-model.layers.1", "learned-model.layers.0", "after/00001/step-00002"),
+    ):
+        with stopped_at(place, monkeypatch):
+            streamed()
+    # Layers of a unit are fitted again until its file is there, and not after.
+    assert sorted(calls.count(name) for name in set(calls)) == [2] * 7 + [3] * 7
+    assert not list((tmp_path / "work").glob("*/quantized"))
+    again = streamed()
+    assert again == whole
+    assert again.recipe.tuned == whole.recipe.tuned
+
+
+def test_where_the_disk_is_too_small_codes_do_not_compensate(
+    tiny: TinyCheckpoint, stats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 24 sequences of 64 tokens of 128 numbers of 4 bytes, six times, in both passes
+    needed = 24 * 64 * 128 * 4 * 6 * 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    judging = {"a": some_tokens(3, 64, seed=1)}
+    with pytest.raises(RecipeError, match=f"needs about {needed:,} bytes"):
+        tune(tiny("llama"), stats, steps=0, judging=judging)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert tune(tiny("llama"), stats, steps=0, judging=judging).tuning.compensated == 14
 
 
 @pytest.mark.parametrize(

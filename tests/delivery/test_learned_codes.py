@@ -416,7 +416,7 @@ def test_codes_are_learned_where_layers_have_other_names_in_memory(tiny: TinyChe
 
 
 def test_codes_may_be_all_that_is_tuned(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mofq.delivery.tuning.tune_recipe.find_norms", lambda *_: ())
+    monkeypatch.setattr("mofq.delivery.tuning.resident.find_norms", lambda *_: ())
     tuning = tune(model, "mxfp4").tuning
     assert (tuning.tensors, tuning.layers) == (0, 14)
     assert tuning.kl_after < tuning.kl_before

@@ -26,8 +26,10 @@ What the stream lost, and the share, are added to that here.
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -42,15 +44,22 @@ from mofq.delivery.apply.emulate import apply_group, prepare
 from mofq.delivery.apply.loaded_model import module_path
 from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.tuning.residual import AddsTo, StopCall, Watched, call, find_added
-from mofq.evidence.code_changes import CodeChanges, can_learn, can_learn_scales
+from mofq.evidence.code_changes import (
+    CodeChanges,
+    can_learn,
+    can_learn_scales,
+    from_tensors,
+    to_tensors,
+)
 from mofq.evidence.fits import Fits, SeenSequence
 from mofq.evidence.layer_codes import layer_codes
-from mofq.exceptions import StreamingError
+from mofq.exceptions import MofqError, StreamingError, option
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
 from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_weight, is_expert
 from mofq.model.streaming.execution import free_bytes
+from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import Call, StreamedSequence, keep, run
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
 from mofq.numbers.quantize import (
@@ -72,6 +81,10 @@ _TOKENS_PER_INPUT = 4
 _MATRICES, _BESIDE, _OF_OUTPUTS = 2, 3, 4
 #: Every other sequence is of one half.
 _HALVES = 2
+#: Passes, and steps whose results are on the disk at once.
+_PASSES, _KEPT_STEPS = ("original", "quantized"), 6
+#: In the folder of what was done: files of the changes of a step, and of none when all are done.
+_CODES, _DONE = "codes-", "codes-done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +193,8 @@ class _Compensation:
     seen: Fits
     originals: Mapping[_Key, StreamedSequence]  #: that the model runs as it is
     sequences: Mapping[_Key, StreamedSequence]  #: the same, that it runs quantized
-    changes: dict[str, CodeChanges] = field(default_factory=dict)
+    work: Path  #: has the changes of each step that is done
+    changes: dict[str, CodeChanges] = field(default_factory=dict)  #: of this step
     #: Layer, sequence -> the residual stream of the original without what the layer adds.
     _streams: dict[tuple[str, _Key], Tensor] = field(default_factory=dict)
 
@@ -200,17 +214,26 @@ class _Compensation:
                     f"{unit} runs more than once for a token, and has one set of codes"
                 )
             done.add(unit)
-            with streamed.weights.loaded(unit, ahead=streamed.next_unit(unit)):
-                added = self._run_original(unit, step)
-                with unit_modules(streamed.model, unit, [self.applied]).applied(self.applied):
-                    for together in self._by_input(unit, step, added):
-                        self._fit(together, step)
-                    for one in sequences:
-                        streamed.run_step(one, step, unit)
-                    streamed.writer.wait()
-            self._streams.clear()
+            path = self.work / f"{_CODES}{step:05d}"
+            if not path.exists():
+                self._run_unit(unit, step)
+                _write_changes(path, self.changes)
             streamed.replayer.forget([*originals, *sequences], step)
             tell()
+
+    def _run_unit(self, unit: str, step: int) -> None:
+        """Find the codes of a unit, and run both models through it."""
+        self.changes.clear()
+        self._streams.clear()
+        streamed = self.streamed
+        with streamed.weights.loaded(unit, ahead=streamed.next_unit(unit)):
+            added = self._run_original(unit, step)
+            with unit_modules(streamed.model, unit, [self.applied]).applied(self.applied):
+                for together in self._by_input(unit, step, added):
+                    self._fit(together, step)
+                for one in self.sequences.values():
+                    streamed.run_step(one, step, unit)
+                streamed.writer.wait()
 
     def _run_original(self, unit: str, step: int) -> dict[str, AddsTo]:
         """Run a unit as it is, and keep what the residual stream is where layers add to it.
@@ -396,6 +419,7 @@ def compensate(
     seen: Fits,
     dtype: str,
     device: str,
+    work: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, CodeChanges]:
     """Find codes that make up for what the layers before them change.
@@ -409,6 +433,8 @@ def compensate(
         seen: The statistics of a calibration on these sequences.
         dtype: Of the arithmetic.
         device: Where the model runs, one decoder layer at a time.
+        work: A folder that has what is kept between layers; of a run that was stopped, which was
+            of the same arguments, it has what was done. None: a temporary one.
         progress: Called with ``"compensate"``, units run, and all of them.
 
     Returns:
@@ -416,27 +442,85 @@ def compensate(
         outside of experts.
 
     Raises:
-        StreamingError: The model cannot be run layer by layer.
+        StreamingError: The model cannot be run layer by layer, or the disk is too small.
         MofqError: The recipe does not fit the model, or weights or statistics are damaged.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="mofq-compensate-") as folder,
-        open_streamed(checkpoint.folder, dtype=dtype, device=device) as streamed,
-        torch.no_grad(),
-    ):
-        prepared = prepare(
-            streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
+    with _folder(work) as folder:
+        if not (folder / _DONE).exists():
+            with (
+                open_streamed(checkpoint.folder, dtype=dtype, device=device) as streamed,
+                torch.no_grad(),
+            ):
+                prepared = prepare(
+                    streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
+                )
+                _check_disk(folder, streamed, sequences)
+                originals, quantized = (_sequences(folder / one, sequences) for one in _PASSES)
+                applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
+                found = _Compensation(
+                    *(streamed, applied, layers, checkpoint, fits, seen),
+                    *(originals, quantized, folder),
+                )
+                found.run(progress)
+            _write_changes(folder / _DONE, {})
+        return {
+            name: one
+            for path in sorted(folder.glob(f"{_CODES}*"))
+            for name, one in _read_changes(path).items()
+        }
+
+
+@contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    """That of what is done; what both passes kept goes, unless the process is stopped."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="mofq-compensate-") as folder:
+            yield Path(folder)
+        return
+    try:
+        yield work
+    except MofqError:
+        _drop_passes(work)
+        raise
+    _drop_passes(work)
+
+
+def _drop_passes(folder: Path) -> None:
+    for name in _PASSES:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _sequences(folder: Path, seen: Sequence[SeenTokens]) -> dict[_Key, StreamedSequence]:
+    """Those of a pass, each with a folder."""
+    found = {}
+    for number, one in enumerate(seen):
+        place = folder / f"{number:05d}"
+        place.mkdir(parents=True, exist_ok=True)
+        found[one.corpus, one.index] = StreamedSequence(one.token_T, place)
+    return found
+
+
+def _check_disk(folder: Path, streamed: StreamedModel, sequences: Sequence[SeenTokens]) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    model = streamed.model
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
+    tokens = sum(len(one.token_T) for one in sequences)
+    needed = len(_PASSES) * _KEPT_STEPS * tokens * hidden * model.dtype.itemsize
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if needed - written > free:
+        raise StreamingError(
+            f"what is kept between layers needs about {needed - written:,} bytes in {folder}, "
+            f"found {free:,} free. Free some space, take fewer {option('sequences')}, or set TMPDIR"
         )
-        passes: list[dict[_Key, StreamedSequence]] = []
-        for name in ("original", "quantized"):
-            passes.append({})
-            for number, one in enumerate(sequences):
-                place = Path(folder) / name / f"{number:05d}"
-                place.mkdir(parents=True)
-                passes[-1][one.corpus, one.index] = StreamedSequence(one.token_T, place)
-        applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
-        found = _Compensation(
-            streamed, applied, layers, checkpoint, fits, seen, passes[0], passes[1]
-        )
-        found.run(progress)
-    return found.changes
+
+
+def _write_changes(path: Path, changes: Mapping[str, CodeChanges]) -> None:
+    """Write changes to codes, to go on with."""
+    tensors = to_tensors(changes)
+    write_tensors(path, list(tensors), list(tensors.values()))
+
+
+def _read_changes(path: Path) -> dict[str, CodeChanges]:
+    """What `_write_changes` wrote."""
+    return from_tensors(dict(zip(*read_content(path), strict=True)))

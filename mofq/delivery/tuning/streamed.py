@@ -28,7 +28,7 @@ from mofq.delivery.tuning.codes import LearnedCodes, find_leaf, learned_layers
 from mofq.delivery.tuning.norms import TunedNorm, find_norms
 from mofq.delivery.tuning.products import in_bfloat16
 from mofq.delivery.tuning.tensors import replaced
-from mofq.delivery.tuning.tune import BATCH, Rates, Split, send_divergence
+from mofq.delivery.tuning.tune import BATCH, Rates, Split, check_has_any, send_divergence
 from mofq.delivery.tuning.unit_states import OUTSIDE, UnitState, UnitStates
 from mofq.delivery.validation.divergence import check_logits, score_window
 from mofq.delivery.validation.streamed import Run, Subject, check_units
@@ -74,32 +74,40 @@ class Streamed:
     steps: int
     learns: bool  #: whether codes are
     tell: Steps
+    _start: Mapping[str, CodeChanges] = field(init=False, default_factory=dict)
     _rates: Rates = field(init=False)
     _learned: dict[str, LearnedCodes] = field(init=False, default_factory=dict)  #: of this unit
-    _references: list[StreamedSequence] = field(init=False)  #: stepped on, then held out
+    _stepped: list[StreamedSequence] = field(init=False)  #: in the original
+    _held_out: list[StreamedSequence] = field(init=False)
     _reference_step: int = field(init=False)  #: of the original's head
 
-    def begin(self, progress: Progress | None) -> None:
-        """Run the original up to its head, and quantize every unit once."""
-        every_NT = torch.cat([self.split.stepped_NT, self.split.held_out_NT])
-        self._references = self._sequences("original", every_NT)
+    def run_original(self, progress: Progress | None) -> None:
+        """Run the original up to its head; this comes first."""
+        stepped = len(self.split.stepped_NT) if self.steps else 0
+        tokens_NT = torch.cat([self.split.stepped_NT[:stepped], self.split.held_out_NT])
+        every = self._sequences("original", tokens_NT)
+        self._stepped, self._held_out = every[:stepped], every[stepped:]
         tell = Steps(progress, "original", len(self.original.weights.units))
-        self._reference_step = self.original.forward(
-            self._references, forget=True, on_step=lambda _: tell()
-        )
+        self._reference_step = self.original.forward(every, forget=True, on_step=lambda _: tell())
         tell()
-        for unit in (OUTSIDE, *self.base.weights.units):
+
+    def put(self, start: Mapping[str, CodeChanges]) -> None:
+        """As `Tunable` says."""
+        self._start = start
+
+    def begin(self) -> None:
+        """As `Tunable` says: every unit is quantized once."""
+        units = (OUTSIDE, *self.base.weights.units)
+        for unit in units:
             if not self.states.has(unit):
                 self._begin(unit)
             self.tell()
+        check_has_any(
+            self.applied.prepared.recipe, self.checkpoint, any(map(self.states.is_learned, units))
+        )
         errors = self.states.errors()
         names = (layer.name for layer in self.layers.grouped_layers)
         self._rates = Rates(self.steps, [errors[name] for name in names if name in errors])
-
-    @property
-    def is_empty(self) -> bool:
-        """As `Tunable` says."""
-        return not any(map(self.states.is_learned, (OUTSIDE, *self.base.weights.units)))
 
     def _begin(self, unit: str) -> None:
         model, weights = self.base.model, self.base.weights
@@ -117,6 +125,7 @@ class Streamed:
                             layers_within(self.layers, unit),
                             self.checkpoint,
                             fits=self.fits,
+                            start=self._start,
                         )
                     )
             self.states.begin(unit, norms, codes)
@@ -156,7 +165,7 @@ class Streamed:
                 sources=sources,
                 recipe=recipe,
                 fits=self.fits,
-                changes=changes,
+                changes={**changes, **self._start},
             )
             return
 
@@ -170,12 +179,18 @@ class Streamed:
     def _turn(self, unit: str, *, times: int = 1) -> Iterator[_Turn]:
         """What is learned of a unit, whose weights are there, to be applied so many times."""
         modules = unit_modules(self.base.model, unit, [self.applied], times=times)
-        state, outside = (self.states.read(one, self._rates) for one in (unit, OUTSIDE))
+        state, outside = map(self._state, (unit, OUTSIDE))
         self._learned = {one.name: one for one in state.codes}
         try:
             yield _Turn(self, unit, modules, state, outside)
         finally:
             self._learned = {}
+
+    def _state(self, unit: str) -> UnitState:
+        """What is learned of a unit; nothing before `begin`."""
+        if not self.states.has(unit):
+            return UnitState([], [], [])
+        return self.states.read(unit, self._rates)
 
     @contextmanager
     def _within(self, unit: str) -> Iterator[None]:
@@ -195,7 +210,7 @@ class Streamed:
         seen: set[str] = set()
         for one in range(step):
             unit = _unit_at(sequences[0], one)
-            if unit in seen and self.states.is_learned(unit):
+            if unit in seen and self.states.has(unit) and self.states.is_learned(unit):
                 raise StreamingError(
                     f"{unit} runs more than once for a token, and is learned once for all"
                 )
@@ -220,9 +235,9 @@ class Streamed:
                 stack.enter_context(one.weights.loaded(one.head))
             yield stack.enter_context(self._turn(self.base.head, times=times))
 
-    def _reference(self, index: int) -> Tensor:
-        """The original's logits of a sequence, [T, V], float32; its head is there."""
-        logits_TV = self.original.logits(self._references[index], self._reference_step)
+    def _reference(self, sequence: StreamedSequence) -> Tensor:
+        """The original's logits of a sequence of it, [T, V], float32; its head is there."""
+        logits_TV = self.original.logits(sequence, self._reference_step)
         check_logits(logits_TV, what="the original model")
         return logits_TV.float()
 
@@ -234,8 +249,8 @@ class Streamed:
             step = self._forward(sequences, for_gradients=False)
             found = []
             with self._heads(times=len(sequences)) as turn:
-                for index, sequence in enumerate(sequences, len(self.split.stepped_NT)):
-                    reference_TV = self._reference(index)
+                for original, sequence in zip(self._held_out, sequences, strict=True):
+                    reference_TV = self._reference(original)
                     with turn.applied():
                         logits_TV = self.base.logits(sequence, step)
                     check_logits(logits_TV, what="the quantized model")
@@ -274,7 +289,7 @@ class Streamed:
             return
         with self._heads(times=len(gradients)) as turn:
             for one, index in zip(gradients, indices, strict=True):
-                reference_TV = self._reference(index)
+                reference_TV = self._reference(self._stepped[index])
                 with turn.applied():
                     turn.want_gradients()
                     with torch.enable_grad(), self._products():
@@ -444,6 +459,7 @@ def open_tuning(
     folder: Path,
     steps: int,
     codes: bool,
+    judgements: int,
     dtype: str,
     device: str,
     progress: Progress | None,
@@ -460,8 +476,9 @@ def open_tuning(
         fits: Of the recipe's own stats, where a scheme is fitted.
         folder: Exists, and has what is kept between layers. Of a tuning that was stopped, which
             was of the same arguments, it has what was done.
-        steps: Of four sequences each.
+        steps: Of four sequences each; 0: what it is given is judged alone.
         codes: Whether codes and scales are learned beside norms.
+        judgements: How often `Streamed.judge` will be called.
         dtype: Of the arithmetic.
         device: Where it runs.
         progress: Called with ``"original"`` and ``"tune"``, units run, and all of them.
@@ -488,7 +505,7 @@ def open_tuning(
             for layer in group.layers
         }
         states = UnitStates(folder, weights, base.weights.device)
-        total = (2 * steps + 3) * len(base.weights.units)
+        total = (judgements + (2 * steps + 1 if steps else 0)) * len(base.weights.units)
         tuning = Streamed(
             base,
             first,
@@ -504,12 +521,13 @@ def open_tuning(
             Steps(progress, "tune", total),
         )
         tuning.applied = Applied(prepared, tuning.apply_one, base.head)
-        _check_apart(tuning)
+        if steps:
+            _check_apart(tuning)
         check_units(Run(base, [Subject(folder, applied=tuning.applied)]), checkpoint)
         needed = _check_disk(folder, tuning)
         if tell is not None:
             tell(f"Between layers, about {needed / 1e9:.2f} GB are kept in {folder.parent}.")
-        tuning.begin(progress)
+        tuning.run_original(progress)
         yield tuning
 
 
@@ -535,14 +553,13 @@ def _check_disk(folder: Path, tuning: Streamed) -> int:
     """
     split, model = tuning.split, tuning.base.model
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
-    every, held_out = len(split.stepped_NT) + len(split.held_out_NT), len(split.held_out_NT)
-    results = max(
-        every * _KEPT_STEPS,
-        every + held_out * _KEPT_STEPS,
-        every + BATCH * (len(tuning.base.weights.units) + _GRADIENTS),
-    )
+    held_out = len(split.held_out_NT)
+    every = held_out + (len(split.stepped_NT) if tuning.steps else 0)
+    results = max(every * _KEPT_STEPS, every + held_out * _KEPT_STEPS)
+    if tuning.steps:
+        results = max(results, every + BATCH * (len(tuning.base.weights.units) + _GRADIENTS))
     needed: int = results * split.held_out_NT.shape[1] * hidden * model.dtype.itemsize
-    needed += _learned_bytes(tuning) if tuning.learns else 0
+    needed += _learned_bytes(tuning) if tuning.steps and tuning.learns else 0
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     if needed - written > free:

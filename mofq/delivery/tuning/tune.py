@@ -17,9 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mofq.decision.recipe import Recipe
 from mofq.delivery.validation.divergence import check_logits
 from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.standard_error import standard_error
+from mofq.exceptions import RecipeError
+from mofq.model.checkpoint.headers import Checkpoint
 
 #: Sequences of a step.
 BATCH = 4
@@ -91,16 +94,27 @@ class Tuned:
 class Tunable(Protocol):
     """A quantized model with norms, codes and scales that can move, wherever its weights are."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing that can move."""
-        ...
-
     def judge(self, when: str) -> Tensor:
         """KL of each sequence that is held out [nats per token], float64.
 
         Args:
-            when: ``"before"`` or ``"after"`` all steps.
+            when: ``"before"`` anything changed, ``"compensated"``, or ``"after"`` all steps.
+        """
+        ...
+
+    def put(self, start: Mapping[str, CodeChanges]) -> None:
+        """Have codes with these changes to what the schemes make, before it begins.
+
+        Args:
+            start: Layer -> changes; of every other layer it has what the scheme makes.
+        """
+        ...
+
+    def begin(self) -> None:
+        """Begin to move from the codes that it has.
+
+        Raises:
+            RecipeError: There is nothing that can move.
         """
         ...
 
@@ -122,33 +136,65 @@ class Tunable(Protocol):
         ...
 
 
+def check_has_any(recipe: Recipe, checkpoint: Checkpoint, has_any: bool) -> None:
+    """Refuse a model in which nothing can move.
+
+    Args:
+        recipe: Of the model.
+        checkpoint: That it is applied to.
+        has_any: Whether anything can.
+
+    Raises:
+        RecipeError: Nothing can.
+    """
+    if not has_any:
+        raise RecipeError(
+            f"{recipe.title}: {checkpoint.folder} has no norms with weights of their own, and no "
+            f"codes that can be learned."
+        )
+
+
 def tune_model(
-    model: Tunable, split: Split, *, steps: int, before_N: Tensor | None = None
+    model: Tunable, split: Split, *, steps: int, start: Mapping[str, CodeChanges]
 ) -> Tuned:
     """Tune the norms, codes and scales of a model.
 
     Args:
         model: What has them.
         split: What it steps on, and what judges.
-        steps: Each on `BATCH` sequences.
-        before_N: What `Tunable.judge` measures before them; None: it is measured.
+        steps: Each on `BATCH` sequences; 0: ``start`` is judged, and no more.
+        start: Layer -> changes that compensate the errors of layers before. Steps go on from them
+            where they are better than none.
 
     Returns:
         What changed, and what it does.
 
     Raises:
+        RecipeError: There is nothing that can move.
         MofqError: Logits are not finite.
 
     Source: norms alone as what is tuned after quantizing, L. Li et al., "Norm Tweaking",
     arXiv:2309.02784, which steps on distances of layers' outputs. Of codes, see `codes`.
     """
+    before_N = begun_N = model.judge("before")
+    if start:
+        model.put(start)
+        begun_N = model.judge("compensated")
+        if steps and float(begun_N.mean()) >= float(before_N.mean()):
+            start, begun_N = {}, before_N
+            model.put(start)
+    compensated = Tuned({}, dict(start), before_N, begun_N, compensated=len(start))
+    if not steps:
+        return compensated
+    model.begin()
     order = _order(len(split.stepped_NT), steps * BATCH)
-    if before_N is None:
-        before_N = model.judge("before")
     for number in range(steps):
         model.step(number, order[number * BATCH : (number + 1) * BATCH])
     after_N = model.judge("after")
-    return Tuned(model.tensors(), model.changes(), before_N, after_N, steps=steps)
+    if start and float(after_N.mean()) >= float(begun_N.mean()):
+        return compensated
+    changes = {**start, **model.changes()}  # what is learned has what it began with
+    return Tuned(model.tensors(), changes, before_N, after_N, len(start), steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,15 +29,15 @@ from mofq.delivery.backends import apply_recipe
 from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
-from mofq.delivery.tuning.codes import LearnedCodes, learned_layers, learning_bytes, put_codes
+from mofq.delivery.tuning.codes import learning_bytes
 from mofq.delivery.tuning.compensate import SeenTokens, compensate
-from mofq.delivery.tuning.norms import find_norms
 from mofq.delivery.tuning.products import copies_bytes
-from mofq.delivery.tuning.resident import Resident, judge
+from mofq.delivery.tuning.resident import Resident
 from mofq.delivery.tuning.streamed import Streamed, open_tuning
 from mofq.delivery.tuning.tune import (
     BATCH,
     Split,
+    Tunable,
     Tuned,
     is_held_out,
     split_sequences,
@@ -158,21 +157,22 @@ def tune_recipe(
         index_sha256 = base.checkpoint.index_sha256
         fits = stack.enter_context(open_fits(recipe, base.stats, index_sha256=index_sha256))
         asked = _Asked(
-            *(original, recipe, base, fits, layers, plan, split, bool(judging)),
+            *(original, recipe, base, fits, layers, plan, windows, split, bool(judging)),
             *(steps, codes, device, progress, tell),
         )
         folder = None
         if is_streamed:
-            if base.stats is not None or not steps:
-                _not_compensated(asked, "the model is tuned layer by layer")
             folder = stack.enter_context(work_folder(work, asked.identity()))
             if (folder / _DONE).exists():
                 return _tuned_recipe(replace(load_recipe(folder / _DONE), file=recipe.file))
-            model = _streamed(stack, asked, folder)
-            _check_has_any(asked, model)
-            tuned = tune_model(model, split, steps=steps)
+        start = _compensated(asked, folder) if codes else {}
+        judgements = 1 + bool(start) + bool(steps)
+        model: Tunable
+        if folder is None:
+            model = _resident(stack, asked, judgements)
         else:
-            tuned = _tune_resident(stack, asked, windows)
+            model = _streamed(stack, asked, folder, judgements)
+        tuned = tune_model(model, split, steps=steps, start=start)
         bound = replace(recipe, weights_sha256=hash_weights(base.checkpoint))
         done = _with_tuned(bound, tuned, split, plan)
         if folder is not None:
@@ -206,6 +206,7 @@ class _Asked:
     fits: Fits | None  #: of its stats, where a scheme is fitted
     layers: ModelLayers  #: of the base
     plan: Plan
+    windows: Mapping[str, Tensor]
     split: Split
     is_apart: bool  #: whether what judges is other text than the windows
     steps: int
@@ -224,9 +225,10 @@ class _Asked:
             ],
             "recipe": hashlib.sha256(recipe_text(self.recipe).encode()).hexdigest(),
             "stats": None if self.fits is None else self.fits.stats.sha256,
+            "seen": _sha256_of(self.base.stats),
             "sequences": [
                 hashlib.sha256(one.numpy().tobytes()).hexdigest()
-                for one in (self.split.stepped_NT, self.split.held_out_NT)
+                for one in (*self.windows.values(), self.split.stepped_NT, self.split.held_out_NT)
             ],
             "steps": self.steps,
             "codes": self.codes,
@@ -238,71 +240,41 @@ class _Asked:
         }
 
 
-def _check_has_any(asked: _Asked, model: Resident | Streamed) -> None:
-    """Refuse a model in which nothing can move."""
-    if model.is_empty:
-        raise RecipeError(
-            f"{asked.recipe.title}: {asked.base.checkpoint.folder} has no norms with weights of "
-            f"their own, and no codes that can be learned."
-        )
+def _sha256_of(stats: str | Path | None) -> str | None:
+    """Of statistics; None where there are none, which `_compensated` tells."""
+    with suppress(StatsError):
+        return None if stats is None else read_stats(stats).sha256
+    return None
 
 
-def _tune_resident(stack: ExitStack, asked: _Asked, windows: Mapping[str, Tensor]) -> Tuned:
-    """Tune the quantized model in memory: first by compensation, then by steps."""
-    start = _compensated(asked, windows) if asked.codes else {}
+def _resident(stack: ExitStack, asked: _Asked, judgements: int) -> Resident:
+    """The quantized model in memory, which is judged so often."""
     stepped, held_out = (stack.enter_context(OriginalLogits()) for _ in range(2))
     _run_original(asked, into=(stepped, held_out))
-    recipe, layers, checkpoint = asked.recipe, asked.layers, asked.base.checkpoint
-    stats, device, progress, split = asked.base.stats, asked.device, asked.progress, asked.split
-    model = load_model(checkpoint.folder, dtype=asked.plan.dtype, device=device)
-    apply_recipe(model, recipe, checkpoint=checkpoint, stats=stats, progress=progress)
-    before_N = begun_N = None
-    if start:
-        tell = Steps(progress, "tune", 2 * len(split.held_out_NT))
-        before_N = judge(model, split.held_out_NT, held_out, tell=tell)
-        put = partial(
-            put_codes, *(model, recipe, layers, checkpoint), fits=asked.fits, names=tuple(start)
-        )
-        put(changes=start)
-        begun_N = judge(model, split.held_out_NT, held_out, tell=tell)
-        if asked.steps and float(begun_N.mean()) >= float(before_N.mean()):
-            start, begun_N = {}, before_N
-            put(changes=start)
-    if not asked.steps:
-        assert before_N is not None
-        assert begun_N is not None
-        return Tuned({}, dict(start), before_N, begun_N, compensated=len(start))
-    norms = find_norms(model, checkpoint, layers.architecture)
-    room = _find_room(asked) if asked.codes else _Room(codes=False)
+    recipe, checkpoint, split = asked.recipe, asked.base.checkpoint, asked.split
+    model = load_model(checkpoint.folder, dtype=asked.plan.dtype, device=asked.device)
+    apply_recipe(
+        *(model, recipe),
+        checkpoint=checkpoint,
+        stats=asked.base.stats,
+        progress=asked.progress,
+    )
+    room = _find_room(asked) if asked.codes and asked.steps else _Room(codes=False)
     if room.note and asked.tell is not None:
         asked.tell(Remark(room.note))
-    learned: list[LearnedCodes] = []
-    if room.codes:
-        learned = list(
-            learned_layers(
-                *(model, recipe, layers, checkpoint),
-                fits=asked.fits,
-                experts=room.experts,
-                start=start,
-            )
-        )
-    resident = Resident(
-        *(model, norms, learned, split, stepped, held_out, asked.steps),
-        is_judged=begun_N is not None,
-        progress=progress,
+    total = asked.steps * BATCH + judgements * len(split.held_out_NT)
+    return Resident(
+        *(model, recipe, asked.layers, checkpoint, asked.fits, split, stepped, held_out),
+        *(asked.steps, room.codes, room.experts, Steps(asked.progress, "tune", total)),
     )
-    _check_has_any(asked, resident)
-    tuned = tune_model(resident, split, steps=asked.steps, before_N=begun_N)
-    if not start or before_N is None or begun_N is None:
-        return tuned
-    if float(tuned.after_N.mean()) >= float(begun_N.mean()):
-        return Tuned({}, dict(start), before_N, begun_N, compensated=len(start))
-    changes = {**start, **tuned.changes}  # what is learned has what it began with
-    return replace(tuned, changes=changes, before_N=before_N, compensated=len(start))
 
 
-def _compensated(asked: _Asked, windows: Mapping[str, Tensor]) -> dict[str, CodeChanges]:
+def _compensated(asked: _Asked, folder: Path | None) -> dict[str, CodeChanges]:
     """What makes up for the errors of layers before, where the statistics say enough.
+
+    Args:
+        asked: What was asked.
+        folder: Has what was done before, and what is kept between layers; None: a temporary one.
 
     Raises:
         RecipeError: They do not, and nothing else is asked for.
@@ -326,12 +298,13 @@ def _compensated(asked: _Asked, windows: Mapping[str, Tensor]) -> dict[str, Code
                 changes = compensate(
                     asked.base.checkpoint,
                     asked.recipe,
-                    list(_stepped(windows, found.plan, asked.is_apart)),
+                    list(_stepped(asked.windows, found.plan, asked.is_apart)),
                     layers=asked.layers,
                     fits=asked.fits,
                     seen=seen,
                     dtype=asked.plan.dtype,
                     device=asked.device,
+                    work=folder,
                     progress=asked.progress,
                 )
                 if changes:
@@ -378,7 +351,7 @@ def _stepped(windows: Mapping[str, Tensor], plan: Plan, is_apart: bool) -> Itera
                 yield SeenTokens(corpus, index, tokens_NT[index])
 
 
-def _streamed(stack: ExitStack, asked: _Asked, folder: Path) -> Streamed:
+def _streamed(stack: ExitStack, asked: _Asked, folder: Path, judgements: int) -> Streamed:
     """The same layer by layer; what a tuning of the same left in the folder is taken."""
     return stack.enter_context(
         open_tuning(
@@ -388,6 +361,7 @@ def _streamed(stack: ExitStack, asked: _Asked, folder: Path) -> Streamed:
             folder=folder,
             steps=asked.steps,
             codes=asked.codes,
+            judgements=judgements,
             dtype=asked.plan.dtype,
             device=asked.device,
             progress=asked.progress,
@@ -435,8 +409,10 @@ def _run_original(asked: _Asked, *, into: tuple[OriginalLogits, OriginalLogits])
     model: PreTrainedModel = load_model(
         asked.original.folder, dtype=asked.plan.dtype, device=asked.device
     )
-    step = Steps(asked.progress, "original", len(split.stepped_NT) + len(split.held_out_NT))
-    for tokens_NT, logits in zip((split.stepped_NT, split.held_out_NT), into, strict=True):
+    every = [(split.stepped_NT, into[0])] if asked.steps else []
+    every.append((split.held_out_NT, into[1]))
+    step = Steps(asked.progress, "original", sum(len(tokens_NT) for tokens_NT, _ in every))
+    for tokens_NT, logits in every:
         run_original(model, tokens_NT, into=logits, progress=lambda *_: step())
 
 

@@ -21,6 +21,7 @@ from mofq.delivery.tuning.codes import LearnedCodes
 from mofq.delivery.tuning.even_steps import mean_square, median_of, move
 from mofq.delivery.tuning.norms import TunedNorm
 from mofq.delivery.tuning.tune import Rates
+from mofq.evidence.code_changes import CodeChanges
 from mofq.evidence.layer_codes import narrow
 from mofq.files.documents import PART, write_beside_and_rename
 from mofq.model.streaming.nested_tensors import map_tensors, pack, unpack
@@ -68,7 +69,7 @@ class UnitStates:
         return self._folder / f"learned-{unit}"
 
     def _rounded(self, unit: str) -> Path:
-        """What schemes made of the unit, which stays."""
+        """The codes that the unit begins with, and their changes to what schemes made; it stays."""
         return self._folder / f"rounded-{unit}"
 
     def _step(self, number: int) -> Path:
@@ -76,11 +77,15 @@ class UnitStates:
 
     def begin(self, unit: str, norms: Iterable[TunedNorm], codes: Sequence[LearnedCodes]) -> None:
         """Write what a unit begins with; it is not begun again then."""
-        parts = tuple(one.name for one in fields(QuantizedWeight))
-        rounded = {one.name: narrow(one.before) for one in codes}
         _write(
             self._rounded(unit),
-            {name: {part: getattr(one, part) for part in parts} for name, one in rounded.items()},
+            {
+                one.name: {
+                    "before": _parts(narrow(one.before)),
+                    "start": None if one.start is None else _parts(one.start),
+                }
+                for one in codes
+            },
         )
         state = UnitState(list(norms), list(codes), [])
         state.squares = [None] * len(state.relative)
@@ -140,7 +145,7 @@ class UnitStates:
         return state
 
     def _learned(self, one: Mapping[str, Any], rounded: Mapping[str, Any]) -> LearnedCodes:
-        before = QuantizedWeight(**rounded)
+        before, start = QuantizedWeight(**rounded["before"]), rounded["start"]
         if before.codes_OI.is_floating_point():
             before = replace(before, codes_OI=before.codes_OI.float())
         return LearnedCodes(
@@ -150,6 +155,7 @@ class UnitStates:
             one["latent_OI"],
             one["factor_AG"],
             one["error"],
+            None if start is None else CodeChanges(**map_tensors(start, lambda one: one.cpu())),
         )
 
     def write(self, unit: str, state: UnitState, steps: int) -> None:
@@ -220,6 +226,10 @@ class UnitStates:
         if number not in self._medians:
             self._medians = {number: json.loads(self._step(number).read_text("utf-8"))}
         return self._medians[number]
+
+
+def _parts(one: QuantizedWeight | CodeChanges) -> dict[str, Tensor | None]:
+    return {part.name: getattr(one, part.name) for part in fields(one)}
 
 
 def _gradient(one: Tensor) -> Tensor:
