@@ -40,6 +40,7 @@ class ExportResult:
     engine: str | None  #: that was checked, of a checkpoint
     checkpoint: Export | None  #: sizes and how it is served; None: a file for another tool
     seconds: float
+    stats: str | Path | None = None  #: as they were given
 
     @property
     def serve_command(self) -> str | None:
@@ -140,7 +141,7 @@ def export(
                 validation="\n\n".join(map(_accuracy, measured)),
                 progress=progress,
             )
-    return ExportResult(str(model), loaded, path, to, engine, done, monotonic() - start)
+    return ExportResult(str(model), loaded, path, to, engine, done, monotonic() - start, stats)
 
 
 def _measured(

@@ -63,6 +63,7 @@ class TuneResult:
     tuning: Tuning  #: what was measured, whether or not the recipe has it
     output: Path | None
     seconds: float
+    stats: str | Path | None = None  #: as they were given
 
     @property
     def helps(self) -> bool:
@@ -178,4 +179,4 @@ def tune(
     if path is not None and work is not None:
         save_recipe(written, path, tell)
         drop_unfinished(work)
-    return TuneResult(str(model), written, found.tuning, path, monotonic() - start)
+    return TuneResult(str(model), written, found.tuning, path, monotonic() - start, stats)

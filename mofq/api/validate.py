@@ -44,6 +44,7 @@ class ValidateResult:
     recipe: Recipe | None  #: None: a folder that holds none
     validations: Mapping[str, Validation]  #: text's name -> result
     outputs: tuple[Path, ...] = ()  #: that they were written to
+    stats: str | Path | None = None  #: as they were given
 
     @property
     def worst(self) -> Validation:
@@ -143,7 +144,7 @@ def validate(
             write_validation(validations[corpus.name], path)
             drop_unfinished(work)
     return ValidateResult(
-        str(model), recipe_or_folder, recipe, validations, tuple(outputs.values())
+        str(model), recipe_or_folder, recipe, validations, tuple(outputs.values()), stats
     )
 
 

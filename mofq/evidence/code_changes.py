@@ -28,7 +28,12 @@ _ENDS = (_AT, _GAPS, _CODES, _SCALE)
 #: Of a gap that is larger than a byte holds: so much, and more follows.
 _MORE = 255
 #: Scales that take any value. Others have a few steps an octave, or none between.
-_FINE_SCALES = {"bf16": torch.bfloat16, "f32": torch.float32}
+_FINE_SCALES = ("bf16", "f32")
+#: Formats of scales that may be others than the scheme makes -> what they are held in.
+_SCALES = {
+    "bf16": torch.bfloat16,
+    **dict.fromkeys(("f32", "e4m3", "e8m0", "e8m0ceil"), torch.float32),
+}
 
 
 def can_learn(scheme: TensorScheme) -> bool:
@@ -38,9 +43,14 @@ def can_learn(scheme: TensorScheme) -> bool:
 
 
 def can_learn_scales(scheme: TensorScheme) -> bool:
-    """Whether its scales can be too: not one of a whole tensor, which fused layers share."""
+    """Whether its scales can be too, by small steps."""
+    return can_change_scales(scheme) and scheme.scale.name in _FINE_SCALES
+
+
+def can_change_scales(scheme: TensorScheme) -> bool:
+    """Whether its scales can be others: not one of a whole tensor, which fused layers share."""
     return can_learn(scheme) and (
-        scheme.scale.name in _FINE_SCALES and scheme.granularity.kind != "tensor"
+        scheme.scale.name in _SCALES and scheme.granularity.kind != "tensor"
     )
 
 
@@ -124,13 +134,17 @@ class CodeChanges:
         wanted = (shape[0] // rows, shape[1] // columns)
         if tuple(self.scale.shape) != wanted:
             return f"needs scales of shape {list(wanted)}, and has {list(self.scale.shape)}"
-        if not can_learn_scales(scheme):
+        if not can_change_scales(scheme):
             return "scales of its scheme are not learned"
-        dtype = _FINE_SCALES[scheme.scale.name]
+        dtype = _SCALES[scheme.scale.name]
         if self.scale.dtype != dtype:
             return f"needs scales in {dtype}, and has them in {self.scale.dtype}"
         if not bool((torch.isfinite(self.scale) & (self.scale != 0)).all()):
             return "scales are not finite, or 0"
+        if scheme.scale.name == "e4m3" and not _is_e4m3(self.scale):
+            return "scales are none of E4M3"
+        if scheme.scale.name.startswith("e8m0") and not _is_e8m0(self.scale):
+            return "scales are no powers of two"
         return None
 
 
@@ -144,7 +158,7 @@ def to_tensors(changes: Mapping[str, CodeChanges]) -> dict[str, Tensor]:
         found[f"{_PREFIX}{name}{_GAPS}"] = _to_gaps(one.at_N)
         found[f"{_PREFIX}{name}{_CODES}"] = codes_N
         if one.scale is not None:
-            found[f"{_PREFIX}{name}{_SCALE}"] = one.scale
+            found[f"{_PREFIX}{name}{_SCALE}"] = _in_bytes(one.scale)
     return found
 
 
@@ -167,8 +181,29 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, CodeChanges]:
         codes_N = tensors[f"{_PREFIX}{name}{_CODES}"]
         if codes_N.is_floating_point():
             codes_N = codes_N.float()
-        found[name] = CodeChanges(at_N, codes_N, tensors.get(f"{_PREFIX}{name}{_SCALE}"))
+        scale = tensors.get(f"{_PREFIX}{name}{_SCALE}")
+        if scale is not None and scale.itemsize == 1:
+            scale = scale.float()
+        found[name] = CodeChanges(at_N, codes_N, scale)
     return found
+
+
+def _is_e4m3(scale: Tensor) -> bool:
+    return torch.equal(scale.to(torch.float8_e4m3fn).float(), scale)
+
+
+def _is_e8m0(scale: Tensor) -> bool:
+    return bool((scale > 0).all()) and torch.equal(scale.to(torch.float8_e8m0fnu).float(), scale)
+
+
+def _in_bytes(scale: Tensor) -> Tensor:
+    """Scales in one byte each, where a format of one byte holds all of them."""
+    if scale.dtype == torch.float32:
+        if _is_e4m3(scale):
+            return scale.to(torch.float8_e4m3fn)
+        if _is_e8m0(scale):
+            return scale.to(torch.float8_e8m0fnu)
+    return scale
 
 
 def _to_gaps(at_N: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mofq.evidence.calibration.stats import Stats
 from mofq.evidence.code_changes import CodeChanges
-from mofq.evidence.fits import Fits, needs_stats
+from mofq.evidence.fits import FitArguments, Fits, needs_stats
 from mofq.evidence.measure.worker_threads import worker_threads
 from mofq.model.checkpoint.tensors import RowReader
 from mofq.model.layers import LinearLayer
@@ -170,16 +170,43 @@ def _hash_rows(layer: LinearLayer, read_rows: RowReader) -> tuple[str, torch.dev
 
 def _fit(fits: Fits, codes: LayerCodes, device: torch.device) -> QuantizedWeight:
     """Fit a layer, block of rows by block of rows on all threads."""
-    layer, scheme = codes.layer, codes.scheme
-    fit = fits.of(layer, [scheme]).to(str(device)).arguments(scheme)
+    fit = fits.of(codes.layer, [codes.scheme]).to(str(device)).arguments(codes.scheme)
+    return fit_rows(
+        *(codes.layer, codes.scheme, codes.read_rows, fit),
+        tensor_amax=codes.tensor_amax,
+        device=device,
+    )
+
+
+def fit_rows(
+    layer: LinearLayer,
+    scheme: TensorScheme,
+    read_rows: RowReader,
+    fit: FitArguments,
+    *,
+    tensor_amax: float | Tensor | None,
+    device: torch.device,
+) -> QuantizedWeight:
+    """Codes of a weight, block of rows by block of rows on all threads.
+
+    Args:
+        layer: Whose shape and name it has.
+        scheme: That it gets.
+        read_rows: Its rows, on the device.
+        fit: What they are fitted to.
+        tensor_amax: As for `quantize_weight`.
+        device: Where they are.
+
+    Returns:
+        Codes and scales, narrow, on the CPU.
+
+    Raises:
+        SchemeError: As `quantize_weight`.
+    """
 
     def quantize(block: tuple[int, int]) -> QuantizedWeight:
         found = quantize_weight(
-            codes.read_rows(*block),
-            scheme,
-            tensor_amax=codes.tensor_amax,
-            name=layer.name,
-            **fit,
+            read_rows(*block), scheme, tensor_amax=tensor_amax, name=layer.name, **fit
         )
         return narrow(found)
 

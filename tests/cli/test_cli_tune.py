@@ -98,6 +98,23 @@ def test_the_bundled_mixture_is_tuned_the_same_layer_by_layer(tmp_path: Path) ->
     assert streamed == resident
 
 
+@pytest.mark.long
+def test_the_next_step_names_the_statistics_and_the_length_that_were_given(tmp_path: Path) -> None:
+    stats, plain, tuned = (tmp_path / name for name in ("stats", "plain.yaml", "tuned.yaml"))
+    ok("calibrate", DEMO, *ON, "--sequences", "40", "-o", stats)
+    ok("recipe", "uniform", DEMO, "int4.g32@nats~descent", "--stats", stats, "-o", plain)
+    words = (*ON, "--sequences", "40", "--stats", stats)
+    ran = ok("tune", DEMO, plain, *words, "--steps", "0", "-o", tuned)
+    assert "compensate errors of those before" in ran.err
+    length = ON[ON.index("--sequence-length") + 1]
+    assert (
+        f"Next: mofq validate {DEMO} {tuned} --stats {stats} --text OTHER_TEXT "
+        f"--sequence-length {length}\n"
+    ) in ran.err
+    ran = ok("validate", DEMO, tuned, "--stats", stats, "--text", "demo-en", "--tokens", "512")
+    assert f" --stats {stats} -o FOLDER" in ran.err
+
+
 def test_norms_alone_are_tuned_where_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
     ran = ok(
         *("tune", DEMO, folder / "plain.yaml", *ON, "--sequences", "32", "--steps", "4"),

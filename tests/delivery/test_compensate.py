@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -29,6 +30,7 @@ from mofq.delivery.validation import find_deviations
 from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.code_changes import CodeChanges, from_tensors, to_tensors, unknown_names
 from mofq.evidence.fits import Fits, SeenSequence
+from mofq.evidence.layer_codes import fit_rows
 from mofq.exceptions import RecipeError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import LinearLayer, find_layers, find_loaded_weight, is_expert
@@ -130,7 +132,7 @@ def changes_of(
             recipe,
             [SeenTokens("a", index, WINDOWS["a"][index]) for index in indices],
             layers=find_layers(checkpoint),
-            fits=None,
+            fits=seen,
             seen=seen,
             dtype="float32",
             device="cpu",
@@ -143,13 +145,24 @@ def hidden_states(model: Any) -> Tensor:
     return found
 
 
-def lost(folder: Path, recipe: Recipe, changes: dict[str, CodeChanges]) -> float:
+def shape_of(folder: Path, name: str) -> tuple[int, int]:
+    """Of a layer."""
+    every = find_layers(open_checkpoint(str(folder))).grouped_layers
+    layer = next(one for one in every if one.name == name)
+    return layer.out_features, layer.in_features
+
+
+def lost(
+    folder: Path, recipe: Recipe, changes: dict[str, CodeChanges], stats: Path | None = None
+) -> float:
     """How far the last hidden states are from the original's, squared."""
     checkpoint = open_checkpoint(str(folder))
-    model = apply(load_model(folder), recipe, checkpoint=checkpoint)
-    layers = find_layers(checkpoint)
-    for one in learned_layers(model, recipe, layers, checkpoint, fits=None, start=changes):
-        one.put()
+    with ExitStack() as stack:
+        fits = None if stats is None else stack.enter_context(Fits(read_stats(stats)))
+        model = apply(load_model(folder), recipe, checkpoint=checkpoint, fits=fits)
+        layers = find_layers(checkpoint)
+        for one in learned_layers(model, recipe, layers, checkpoint, fits=fits, start=changes):
+            one.put()
     return float((hidden_states(model) - hidden_states(load_model(folder))).square().sum())
 
 
@@ -164,6 +177,37 @@ def test_what_layers_before_lost_is_given_back(
     assert any(len(one.at_N) for one in changes.values())
     plain, compensated = (lost(folder, recipe, one) for one in ({}, changes))
     assert compensated < 0.85 * plain
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int4.g32@nats~descent", "nvfp4@nats~gptq", "mxfp4~descent", "int4.g32.asym~descent"]
+)
+def test_codes_are_fitted_anew_where_descent_changes_much(
+    scheme: str, tiny: TinyCheckpoint, stats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("llama")
+    recipe = recipe_of(open_checkpoint(str(folder)), scheme)
+    fitted: list[str] = []
+
+    def fit(layer: LinearLayer, *given: Any, **named: Any) -> Any:
+        fitted.append(layer.name)
+        return fit_rows(layer, *given, **named)
+
+    monkeypatch.setattr(compensate_module, "fit_rows", fit)
+    anew = changes_of(folder, recipe, stats)
+    assert bool(fitted) == ("asym" not in scheme)  # its zero points would change too
+    assert len(set(fitted)) == len(fitted) < 14
+    for name, one in anew.items():
+        weight = parse_scheme(scheme).weight
+        assert weight is not None
+        assert one.fault(weight, shape_of(folder, name)) is None
+    monkeypatch.setattr(compensate_module, "_FAR", 0.0)
+    descended = changes_of(folder, recipe, stats)
+    if fitted:
+        errors = [lost(folder, recipe, one, stats) for one in (anew, descended)]
+        assert errors[0] < 0.99 * errors[1]
+    else:
+        assert all(torch.equal(anew[n].codes_N, descended[n].codes_N) for n in anew)
 
 
 @pytest.mark.parametrize("is_borne_out", [True, False])

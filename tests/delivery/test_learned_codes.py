@@ -218,7 +218,8 @@ def test_what_no_float_format_holds_is_no_code(code: float) -> None:
     [
         ("nf4.g64", None, "codes of its scheme are not learned"),
         ("int4.g32@stored", None, "codes of its scheme are not learned"),
-        ("nvfp4", (128, 16), "scales of its scheme are not learned"),
+        ("nvfp4", (128, 16), "scales are none of E4M3"),
+        ("mxfp4", (128, 8), "scales are no powers of two"),
         ("int8.tensor", (1, 1), "scales of its scheme are not learned"),
     ],
 )
@@ -229,6 +230,30 @@ def test_changes_to_what_no_tuning_changes_are_refused(
     codes_N = ONE if "int" in scheme else ONE.float()
     changes = CodeChanges(torch.tensor([0]), codes_N, scale)
     assert changes.fault(weight_scheme(scheme), (128, 256)) == reason
+
+
+@pytest.mark.parametrize(
+    ("scheme", "scale", "dtype"),
+    [
+        ("nvfp4", 0.3125, torch.float8_e4m3fn),
+        ("mxfp4", 2.0**-20, torch.float8_e8m0fnu),
+        ("int4.g32.s-f32", 0.3, torch.float32),
+    ],
+)
+def test_scales_of_one_byte_are_one_byte_in_a_file(
+    scheme: str, scale: float, dtype: torch.dtype
+) -> None:
+    columns = 16 if scheme == "nvfp4" else 8
+    codes_N = ONE if "int" in scheme else ONE.float()
+    one = CodeChanges(torch.tensor([0]), codes_N, torch.full((128, columns), scale))
+    assert one.fault(weight_scheme(scheme), (128, 256)) is None
+    tensors = to_tensors({"x": one})
+    assert tensors["codes/x/scale"].dtype == dtype
+    found = from_tensors(load(save(tensors)))["x"]
+    assert found.scale is not None
+    assert one.scale is not None
+    assert found.scale.dtype == torch.float32
+    assert torch.equal(found.scale, one.scale)
 
 
 def tune(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mofq.api.formatting import short_bytes
+from mofq.api.options import Windows
 from mofq.cli.flags import default_flag
 from mofq.cli.show.terminal import next_step, note, print_table, say, stats_option
 
@@ -87,8 +88,10 @@ def show_tuning(result: TuneResult) -> None:
             f"{result.output}: the recipe as it was. Tuned it has KL {gain}: not surely less "
             f"(95 %); {seconds}."
         )
-    stats = stats_option(result.recipe)
-    next_step("validate", result.model, str(result.output), *stats, "--text", "OTHER_TEXT")
+    words = [*stats_option(result.recipe, result.stats), "--text", "OTHER_TEXT"]
+    if (length := result.tuning.sequence_length) != Windows().sequence_length:
+        words += ["--sequence-length", str(length)]
+    next_step("validate", result.model, str(result.output), *words)
 
 
 def show_export(result: ExportResult) -> None:
@@ -100,7 +103,7 @@ def show_export(result: ExportResult) -> None:
     size = short_bytes(done.checkpoint_bytes)
     note(f"{result.output}: {size} of tensors for {result.to}, {result.seconds:.1f} s.")
     say(str(result.how_to_use))
-    stats = stats_option(result.recipe)
+    stats = stats_option(result.recipe, result.stats)
     next_step("validate", result.model, result.output, *stats, "--text", "FILE")
 
 

@@ -110,12 +110,17 @@ def next_step(*words: str | Path) -> None:
     note("Next: mofq " + " ".join(quote(str(word)) for word in words))
 
 
-def stats_option(recipe: Recipe, folder: str | Path = "STATS") -> tuple[str | Path, ...]:
-    """The words of a next step that name statistics, where a recipe is fitted to them."""
+def stats_option(recipe: Recipe, folder: str | Path | None = None) -> tuple[str | Path, ...]:
+    """The words of a next step that name statistics, where a recipe is fitted to them.
+
+    Args:
+        recipe: Of the step.
+        folder: Of the statistics; None: the user knows it.
+    """
     from mofq.numbers.schemes import parse_scheme
 
     is_fitted = any(parse_scheme(name).is_fitted for name in recipe.schemes.values())
-    return ("--stats", folder) if is_fitted else ()
+    return ("--stats", folder or "STATS") if is_fitted else ()
 
 
 def say(message: str) -> None:

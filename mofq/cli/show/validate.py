@@ -44,7 +44,7 @@ def _suggest_export(result: ValidateResult) -> None:
     """Say how a recipe becomes a checkpoint; of a folder, nothing: it was exported already."""
     recipe, candidate = result.recipe, result.candidate
     if recipe is not None and isinstance(candidate, str) and not Path(candidate).is_dir():
-        stats = stats_option(recipe)
+        stats = stats_option(recipe, result.stats)
         # Of a recipe's own engine, and its devices, the export takes what it needs.
         known = recipe.made_by.get("engine") is not None
         to = () if known else ("--to", "compressed-tensors", "--engine", "ENGINE")

@@ -11,7 +11,9 @@ itself lost before, which they can give back too. On other text all of that is t
 have thousands of inputs, and few tokens count. So ``W`` is moved by a share of it, the one that is
 best where what every other sequence says is judged by the others, and so is the damping.
 
-Codes are found for ``T`` by descent from those that the scheme made, with the Hessian of ``x'``.
+Codes are found for ``T`` by descent from those that the scheme made, with the Hessian of ``x'``;
+where that changes much, and the scheme fits its codes, they are fitted to ``T`` anew, if that is
+better. (Where it changes little, a fit would only give other codes that are as good.)
 Layers are taken in the order in which they compute, each in the model in which those before have
 their codes. Where inputs are rounded, ``x'`` are the rounded ones. Tokens count ``w_t`` as for
 ``~gptq``.
@@ -46,13 +48,13 @@ from mofq.delivery.recipe_fits import check_fits
 from mofq.delivery.tuning.residual import AddsTo, StopCall, Watched, call, find_added
 from mofq.evidence.code_changes import (
     CodeChanges,
+    can_change_scales,
     can_learn,
-    can_learn_scales,
     from_tensors,
     to_tensors,
 )
 from mofq.evidence.fits import Fits, SeenSequence
-from mofq.evidence.layer_codes import layer_codes
+from mofq.evidence.layer_codes import fit_rows, layer_codes
 from mofq.exceptions import MofqError, StreamingError, option
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
@@ -64,9 +66,11 @@ from mofq.model.streaming.replay import Call, StreamedSequence, keep, run
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
 from mofq.numbers.quantize import (
     FakeQuantLinear,
+    QuantizedWeight,
     damped_hessian,
     dequantize_weight,
     descend_from,
+    factorise_hessian,
 )
 from mofq.numbers.schemes import TensorScheme
 
@@ -74,6 +78,8 @@ from mofq.numbers.schemes import TensorScheme
 _DAMPINGS = (0.1, 0.3, 1.0)
 #: Most rows of a weight by which damping and share are chosen.
 _ROWS = 256
+#: Where descent leaves less than this of what the scheme's codes lose, others may be far better.
+_FAR = 0.9
 #: Fewest tokens for each input of a layer: of fewer, least squares fit what is chance.
 _TOKENS_PER_INPUT = 4
 #: Matrices in eight bytes, of inputs by inputs: of each layer that reads the same, and beside them;
@@ -377,18 +383,44 @@ class _Compensation:
         before = codes.rows(0, layer.out_features)
         device = module.weight.device
         weight_OI = read_rows(0, layer.out_features).to(device, torch.float32)
-        target_OI = one.target(weight_OI)
-        if not bool(torch.isfinite(target_OI).all()):
+        target_OI, hessian_II = one.target(weight_OI), one.hessian_HII.sum(0, dtype=torch.float64)
+        if not bool(torch.isfinite(target_OI).all() and torch.isfinite(hessian_II).all()):
             return
         after = descend_from(
             before.to(device),
             target_OI,
             scheme,
-            hessian_II=damped_hessian(one.hessian_HII.sum(0, dtype=torch.float64)),
-            moves_scales=can_learn_scales(scheme),
+            hessian_II=damped_hessian(hessian_II.clone()),
+            moves_scales=can_change_scales(scheme),
         ).to("cpu")
+        lost = partial(_lost, scheme=scheme, target_OI=target_OI, hessian_II=hessian_II)
+        descended = lost(after)
+        if descended < _FAR * lost(before) and _can_be_fitted(scheme):
+            factors = factorise_hessian(
+                hessian_II, name=layer.name, keep=scheme.rounding == "descent"
+            )
+            fresh = fit_rows(
+                *(layer, scheme, lambda start, stop: target_OI[start:stop]),
+                {"importance": None, "feedback": factors.to(device)},
+                tensor_amax=one.amax,
+                device=device,
+            )
+            after = fresh if lost(fresh) < descended else after
         self.changes[layer.name] = CodeChanges.between(before, after)
         module.weight.copy_(dequantize_weight(after.to(device), scheme))
+
+
+def _lost(
+    codes: QuantizedWeight, *, scheme: TensorScheme, target_OI: Tensor, hessian_II: Tensor
+) -> float:
+    """What codes lose of what they are to stand for, in the units of the Hessian."""
+    lost_OI = dequantize_weight(codes.to(target_OI.device), scheme) - target_OI
+    return float(((lost_OI @ hessian_II.float()) * lost_OI).sum())
+
+
+def _can_be_fitted(scheme: TensorScheme) -> bool:
+    """Whether a scheme fits codes to a Hessian, and all that it makes may be changes."""
+    return scheme.rounds_by_hessian and scheme.symmetric and can_change_scales(scheme)
 
 
 def _solved(hessian_II: Tensor, given_OI: Tensor, damping: float) -> Tensor:
