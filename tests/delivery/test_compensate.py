@@ -392,6 +392,22 @@ def test_a_compensation_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     assert again.recipe.tuned == whole.recipe.tuned
 
 
+def test_a_compensation_that_ended_with_an_error_begins_anew(
+    tiny: TinyCheckpoint, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, work = tiny("llama"), tmp_path / "work"
+    streamed = partial(tune, folder, stats, steps=0, is_streamed=True, work=work)
+    with stopped_at("quantized/00000/step-00002", monkeypatch):
+        streamed()
+    assert list(work.glob("*/codes-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(RecipeError, match="needs about"):
+            streamed()
+    assert not [path for path in work.rglob("*") if path.is_file()]
+    assert streamed() == tune(folder, stats, steps=0)
+
+
 def test_where_the_disk_is_too_small_codes_do_not_compensate(
     tiny: TinyCheckpoint, stats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

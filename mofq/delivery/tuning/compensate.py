@@ -504,7 +504,10 @@ def compensate(
 
 @contextmanager
 def _folder(work: Path | None) -> Iterator[Path]:
-    """That of what is done; what both passes kept goes, unless the process is stopped."""
+    """That of what is done; what both passes kept goes, unless the process is stopped.
+
+    So does all that was found where it ends with an error: nothing goes on without the passes.
+    """
     if work is None:
         with tempfile.TemporaryDirectory(prefix="mofq-compensate-") as folder:
             yield Path(folder)
@@ -512,6 +515,10 @@ def _folder(work: Path | None) -> Iterator[Path]:
     try:
         yield work
     except MofqError:
+        for path in sorted(
+            work.glob(f"{_CODES}*"), reverse=True
+        ):  # one that is killed here goes on
+            path.unlink()
         _drop_passes(work)
         raise
     _drop_passes(work)
