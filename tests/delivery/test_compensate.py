@@ -31,7 +31,7 @@ from mofq.evidence.calibration.stats import read_stats
 from mofq.evidence.code_changes import CodeChanges, from_tensors, to_tensors, unknown_names
 from mofq.evidence.fits import Fits, SeenSequence
 from mofq.evidence.layer_codes import fit_rows
-from mofq.exceptions import RecipeError
+from mofq.exceptions import RecipeError, StreamingError
 from mofq.model.checkpoint.headers import open_checkpoint
 from mofq.model.layers import LinearLayer, find_layers, find_loaded_weight, is_expert
 from mofq.model.loading import load_model
@@ -419,6 +419,29 @@ def test_where_the_disk_is_too_small_codes_do_not_compensate(
         tune(tiny("llama"), stats, steps=0, judging=judging)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
     assert tune(tiny("llama"), stats, steps=0, judging=judging).tuning.compensated == 14
+
+
+def test_steps_that_began_without_compensation_go_on_without_it(
+    tiny: TinyCheckpoint, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("llama")
+    told: list[str] = []
+    streamed = partial(
+        tune, folder, stats, steps=1, is_streamed=True, work=tmp_path / "work", tell=told.append
+    )
+
+    def fail(*_: object) -> None:
+        raise StreamingError("the disk is too small")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compensate_module, "_check_disk", fail)
+        with stopped_at("learned-model.layers.1", monkeypatch):
+            streamed()
+    assert "the disk is too small" in told[0]
+    told.clear()
+    found = streamed()
+    assert "steps that were made without it go on" in told[0]
+    assert found == tune(folder, None, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -478,7 +478,7 @@ def compensate(
         MofqError: The recipe does not fit the model, or weights or statistics are damaged.
     """
     with _folder(work) as folder:
-        if not (folder / _DONE).exists():
+        if not has_compensated(folder):
             with (
                 open_streamed(checkpoint.folder, dtype=dtype, device=device) as streamed,
                 torch.no_grad(),
@@ -500,6 +500,11 @@ def compensate(
             for path in sorted(folder.glob(f"{_CODES}*"))
             for name, one in _read_changes(path).items()
         }
+
+
+def has_compensated(folder: Path) -> bool:
+    """Whether `compensate` came to its end in a folder."""
+    return (folder / _DONE).exists()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from mofq.delivery.recipe_fits import open_fits
 from mofq.delivery.recipe_layers import checked_layers
 from mofq.delivery.rewriting.remake import Base
 from mofq.delivery.tuning.codes import learning_bytes
-from mofq.delivery.tuning.compensate import SeenTokens, compensate
+from mofq.delivery.tuning.compensate import SeenTokens, compensate, has_compensated
 from mofq.delivery.tuning.products import copies_bytes
 from mofq.delivery.tuning.resident import Resident
 from mofq.delivery.tuning.streamed import Streamed, open_tuning
@@ -43,6 +43,7 @@ from mofq.delivery.tuning.tune import (
     split_sequences,
     tune_model,
 )
+from mofq.delivery.tuning.unit_states import has_begun
 from mofq.delivery.validation.divergence import OriginalLogits, run_original
 from mofq.delivery.validation.streamed import work_folder
 from mofq.evidence.calibration.stats import Plan, check_same_model, read_stats
@@ -285,6 +286,8 @@ def _compensated(asked: _Asked, folder: Path | None) -> dict[str, CodeChanges]:
             found = None if asked.base.stats is None else read_stats(asked.base.stats)
             if found is None:
                 reason = "there are no statistics"
+            elif folder is not None and has_begun(folder) and not has_compensated(folder):
+                reason = "steps that were made without it go on"
             elif not _is_of_windows(found.plan, asked.plan):
                 reason = (
                     f"{found.folder} is not of these sequences: {option('corpora')}, "

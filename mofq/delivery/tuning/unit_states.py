@@ -31,6 +31,8 @@ from mofq.numbers.schemes import TensorScheme
 
 #: Stands for what is of no unit.
 OUTSIDE = ""
+#: Of the names of files of what units begin with.
+_ROUNDED = "rounded-"
 
 
 @dataclass(slots=True)
@@ -45,6 +47,11 @@ class UnitState:
     def relative(self) -> list[Tensor | None]:
         """What moves at even steps: norms, then the scales of each layer; None: they stay."""
         return [*(one.moved_C for one in self.norms), *(one.factor_AG for one in self.codes)]
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder has a unit that began to be learned."""
+    return any(one.suffix != PART for one in folder.glob(f"{_ROUNDED}*"))
 
 
 class UnitStates:
@@ -70,7 +77,7 @@ class UnitStates:
 
     def _rounded(self, unit: str) -> Path:
         """The codes that the unit begins with, and their changes to what schemes made; it stays."""
-        return self._folder / f"rounded-{unit}"
+        return self._folder / f"{_ROUNDED}{unit}"
 
     def _step(self, number: int) -> Path:
         return self._folder / f"step-{number:05d}.json"
