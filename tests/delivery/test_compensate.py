@@ -421,6 +421,25 @@ def test_where_the_disk_is_too_small_codes_do_not_compensate(
     assert tune(tiny("llama"), stats, steps=0, judging=judging).tuning.compensated == 14
 
 
+def test_residual_streams_lie_on_the_disk_within_what_is_checked(
+    tiny: TinyCheckpoint, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("llama")
+    written: list[int] = []
+    run_unit = compensate_module._Compensation._run_unit
+
+    def measured(self: Any, unit: str, step: int) -> None:
+        run_unit(self, unit, step)
+        assert all(isinstance(one, Path) for one in self._streams.values())
+        written.append(sum(one.stat().st_size for one in tmp_path.rglob("*") if one.is_file()))
+
+    monkeypatch.setattr(compensate_module._Compensation, "_run_unit", measured)
+    plan = plan_of(folder, WINDOWS, dtype="bfloat16")
+    tune(folder, stats, steps=0, plan=plan, is_streamed=True, work=tmp_path / "work")
+    # 18 sequences of 64 tokens of 128 numbers of 2 bytes, six times, in both passes
+    assert max(written) < 18 * 64 * 128 * 2 * 6 * 2
+
+
 def test_steps_that_began_without_compensation_go_on_without_it(
     tiny: TinyCheckpoint, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,8 +201,8 @@ class _Compensation:
     sequences: Mapping[_Key, StreamedSequence]  #: the same, that it runs quantized
     work: Path  #: has the changes of each step that is done
     changes: dict[str, CodeChanges] = field(default_factory=dict)  #: of this step
-    #: Layer, sequence -> the residual stream of the original without what the layer adds.
-    _streams: dict[tuple[str, _Key], Tensor] = field(default_factory=dict)
+    #: Layer, sequence -> a file: the residual stream of the original without what the layer adds.
+    _streams: dict[tuple[str, _Key], Path] = field(default_factory=dict)
 
     def run(self, progress: Progress | None) -> None:
         """Every unit in the order in which it is called."""
@@ -262,8 +262,10 @@ class _Compensation:
                     returned = run(reached)
                 watched.note_result(returned.output)
                 keep(returned, reached, sequence.record(step), writer=self.streamed.writer)
-                for path, adds in found.items():
-                    self._streams[path, key] = watched.before(adds)
+                for number, (path, adds) in enumerate(found.items()):
+                    place = sequence.folder / f"stream-{number}"
+                    write_tensors(place, None, [watched.before(adds)])
+                    self._streams[path, key] = place
             else:
                 self.streamed.run_step(sequence, step, unit)
         self.streamed.writer.wait()
@@ -366,10 +368,11 @@ class _Compensation:
             handle.remove()
         if not inputs:
             raise StreamingError("a layer is called for one sequence and not for another")
-        lost = {
-            path: watched.at_outputs(self._streams[path, key] - watched.before(adds), adds)
-            for path, adds in added.items()
-        }
+        lost = {}
+        for path, adds in added.items():
+            _, (stream_TC,) = read_content(self._streams[path, key])
+            before_TC = watched.before(adds)
+            lost[path] = watched.at_outputs(stream_TC.to(before_TC.device) - before_TC, adds)
         return inputs[0], lost
 
     def _reach(self, of: Mapping[_Key, StreamedSequence], key: _Key, step: int) -> Call:
@@ -511,7 +514,7 @@ def has_compensated(folder: Path) -> bool:
 def _folder(work: Path | None) -> Iterator[Path]:
     """That of what is done; what both passes kept goes, unless the process is stopped.
 
-    So does all that was found where it ends with an error: nothing goes on without the passes.
+    So do the codes where it ends with an error before all are found: it goes on from the passes.
     """
     if work is None:
         with tempfile.TemporaryDirectory(prefix="mofq-compensate-") as folder:
@@ -520,10 +523,9 @@ def _folder(work: Path | None) -> Iterator[Path]:
     try:
         yield work
     except MofqError:
-        for path in sorted(
-            work.glob(f"{_CODES}*"), reverse=True
-        ):  # one that is killed here goes on
-            path.unlink()
+        if not has_compensated(work):
+            for path in sorted(work.glob(f"{_CODES}*"), reverse=True):  # killed here, it goes on
+                path.unlink()
         _drop_passes(work)
         raise
     _drop_passes(work)
