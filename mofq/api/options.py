@@ -273,6 +273,13 @@ Stats = Annotated[
     str | Path | None,
     Option("From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq, ~descent)."),
 ]
+TuningStats = Annotated[
+    str | Path | None,
+    Option(
+        "From `mofq calibrate`; needed where schemes are fitted (@nats, ~gptq, ~descent), and for "
+        "codes that compensate the errors of layers before."
+    ),
+]
 Sequences = Annotated[
     int | None,
     Option(

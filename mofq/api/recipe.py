@@ -79,7 +79,8 @@ def uniform(
         The recipe, without predictions.
 
     Raises:
-        MofqError: The scheme does not fit a layer, or an input is not valid.
+        MofqError: The scheme does not fit a layer, the statistics are of another model, or an
+            input is not valid.
     """
     from mofq.decision import uniform_recipe
     from mofq.model.checkpoint.headers import open_checkpoint
@@ -89,12 +90,16 @@ def uniform(
     found = open_layers(checkpoint, vocabulary, layers)
     rests_on: dict[str, Any] = {}
     if stats is not None:
-        from mofq.evidence.calibration.stats import read_stats
+        from mofq.decision.recipe import join_hashes
+        from mofq.evidence.calibration.stats import check_same_model, read_stats
+        from mofq.model.checkpoint.weights_hash import hash_weights
 
         read = read_stats(stats)
+        check_same_model(read, checkpoint, weights_sha256=hash_weights(checkpoint))
         plan = read.plan
         rests_on = {
             "stats_sha256": read.sha256,
+            "corpora_sha256": join_hashes(one.text_sha256 for one in plan.corpora),
             "bos": plan.bos,
             "sequence_length": plan.sequence_length,
         }

@@ -24,8 +24,8 @@ from mofq.api.options import (
     RecipeOutput,
     Running,
     Samples,
-    Stats,
     Tell,
+    TuningStats,
     documented,
     silent,
 )
@@ -93,7 +93,7 @@ def tune(
     ],
     output: RecipeOutput = None,
     *,
-    stats: Stats = None,
+    stats: TuningStats = None,
     what: What = "all",
     steps: Steps = STEPS,
     excerpts: Excerpts = Excerpts(),

@@ -22,7 +22,7 @@ from mofq.decision.make_recipe import (
 )
 from mofq.decision.prediction import error_together, predict_given
 from mofq.decision.problem import KL_UNIT, IntArray, Problem
-from mofq.decision.recipe import Recipe
+from mofq.decision.recipe import Recipe, join_hashes
 from mofq.decision.request import Request, weights_text
 from mofq.evidence.spaces import shape_rejection, statistics_rejection
 from mofq.evidence.table import Table
@@ -40,6 +40,7 @@ def uniform_recipe(
     scheme_name: str,
     *,
     stats_sha256: str | None = None,
+    corpora_sha256: str | None = None,
     bos: bool | None = None,
     sequence_length: int | None = None,
 ) -> Recipe:
@@ -50,6 +51,7 @@ def uniform_recipe(
         layers: Its layers.
         scheme_name: A scheme without static activations.
         stats_sha256: Of the statistics that the scheme is fitted to, where it is.
+        corpora_sha256: Of the texts that they are of, joined by ``join_hashes``.
         bos: Whether their sequences begin with BOS; None: they do not.
         sequence_length: Tokens of each of their sequences.
 
@@ -80,7 +82,12 @@ def uniform_recipe(
         weights_sha256=hash_weights(checkpoint),
         made_by=_made_by(
             NUMERICS,
-            {"stats_sha256": stats_sha256, "bos": bos, "sequence_length": sequence_length},
+            {
+                "stats_sha256": stats_sha256,
+                "corpora_sha256": corpora_sha256,
+                "bos": bos,
+                "sequence_length": sequence_length,
+            },
         ),
         result=sizes_by_shape(layers, recipe.schemes),
     )
@@ -121,6 +128,7 @@ def uniform_recipes(
     if stats is not None:
         rests_on |= {
             "stats_sha256": stats.sha256,
+            "corpora_sha256": join_hashes(stats.corpora.values()),
             "bos": stats.bos,
             "sequence_length": stats.sequence_length,
         }

@@ -27,6 +27,8 @@ _AT = "/at"
 _ENDS = (_AT, _GAPS, _CODES, _SCALE)
 #: Of a gap that is larger than a byte holds: so much, and more follows.
 _MORE = 255
+#: What an exponent is stored with, in a byte.
+_BIAS = 127
 #: Scales that take any value. Others have a few steps an octave, or none between.
 _FINE_SCALES = ("bf16", "f32")
 #: Formats of scales that may be others than the scheme makes -> what they are held in.
@@ -182,7 +184,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, CodeChanges]:
         if codes_N.is_floating_point():
             codes_N = codes_N.float()
         scale = tensors.get(f"{_PREFIX}{name}{_SCALE}")
-        if scale is not None and scale.itemsize == 1:
+        if scale is not None and scale.dtype == torch.uint8:
+            scale = torch.exp2(scale.float() - _BIAS)
+        elif scale is not None and scale.itemsize == 1:
             scale = scale.float()
         found[name] = CodeChanges(at_N, codes_N, scale)
     return found
@@ -193,7 +197,7 @@ def _is_e4m3(scale: Tensor) -> bool:
 
 
 def _is_e8m0(scale: Tensor) -> bool:
-    return bool((scale > 0).all()) and torch.equal(scale.to(torch.float8_e8m0fnu).float(), scale)
+    return bool((torch.frexp(scale)[0] == 0.5).all())
 
 
 def _in_bytes(scale: Tensor) -> Tensor:
@@ -202,7 +206,7 @@ def _in_bytes(scale: Tensor) -> Tensor:
         if _is_e4m3(scale):
             return scale.to(torch.float8_e4m3fn)
         if _is_e8m0(scale):
-            return scale.to(torch.float8_e8m0fnu)
+            return (torch.frexp(scale)[1] - 1 + _BIAS).to(torch.uint8)
     return scale
 
 

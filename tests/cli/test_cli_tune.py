@@ -111,6 +111,17 @@ def test_the_next_step_names_the_statistics_and_the_length_that_were_given(tmp_p
         f"Next: mofq validate {DEMO} {tuned} --stats {stats} --text OTHER_TEXT "
         f"--sequence-length {length}\n"
     ) in ran.err
+    ran = ok(
+        *("validate", DEMO, plain, "--stats", stats, "--text", "demo-en-calibration"),
+        *("--tokens", "64", "--sequence-length", "64"),
+    )
+    assert "was calibrated on this very text" in ran.err
+    other = demo_mixture_folder()
+    told = refused(
+        *("recipe", "uniform", other, "int4.g32@nats~descent", "--stats", stats),
+        *("-o", tmp_path / "other.yaml"),
+    )
+    assert "Calibrate this model" in told
     ran = ok("validate", DEMO, tuned, "--stats", stats, "--text", "demo-en", "--tokens", "512")
     assert f" --stats {stats} -o FOLDER" in ran.err
 

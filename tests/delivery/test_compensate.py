@@ -196,7 +196,8 @@ def test_codes_are_fitted_anew_where_descent_changes_much(
     monkeypatch.setattr(compensate_module, "fit_rows", fit)
     anew = changes_of(folder, recipe, stats)
     assert bool(fitted) == ("asym" not in scheme)  # its zero points would change too
-    assert len(set(fitted)) == len(fitted) < 14
+    assert len(set(fitted)) == len(fitted)
+    assert len(fitted) < 14 or "gptq" in scheme  # which descent changes everywhere
     for name, one in anew.items():
         weight = parse_scheme(scheme).weight
         assert weight is not None
@@ -304,8 +305,10 @@ def test_compensation_alone_is_a_tuning_without_steps(
 @pytest.mark.long
 def test_steps_go_on_from_codes_that_compensate(tiny: TinyCheckpoint, stats: Path) -> None:
     folder = tiny("llama")
+    recipe = recipe_of(open_checkpoint(str(folder)), "int3.channel")
     alone, steps, both = (
-        tune(folder, one, steps=n).tuning for one, n in ((stats, 0), (None, 40), (stats, 40))
+        tune(folder, one, steps=n, recipe=recipe).tuning
+        for one, n in ((stats, 0), (None, 40), (stats, 40))
     )
     assert (both.steps, both.compensated) == (40, 14)
     assert both.kl_before == alone.kl_before == steps.kl_before

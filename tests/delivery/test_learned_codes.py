@@ -236,7 +236,7 @@ def test_changes_to_what_no_tuning_changes_are_refused(
     ("scheme", "scale", "dtype"),
     [
         ("nvfp4", 0.3125, torch.float8_e4m3fn),
-        ("mxfp4", 2.0**-20, torch.float8_e8m0fnu),
+        ("mxfp4", 2.0**-20, torch.uint8),
         ("int4.g32.s-f32", 0.3, torch.float32),
     ],
 )

@@ -12,8 +12,8 @@ have thousands of inputs, and few tokens count. So ``W`` is moved by a share of 
 best where what every other sequence says is judged by the others, and so is the damping.
 
 Codes are found for ``T`` by descent from those that the scheme made, with the Hessian of ``x'``;
-where that changes much, and the scheme fits its codes, they are fitted to ``T`` anew, if that is
-better. (Where it changes little, a fit would only give other codes that are as good.)
+where that changes much, they are fitted to ``T`` anew, as ``~descent`` fits, if that is better.
+(Where it changes little, a fit would only give other codes that are as good.)
 Layers are taken in the order in which they compute, each in the model in which those before have
 their codes. Where inputs are rounded, ``x'`` are the rounded ones. Tokens count ``w_t`` as for
 ``~gptq``.
@@ -32,7 +32,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -399,11 +399,10 @@ class _Compensation:
         lost = partial(_lost, scheme=scheme, target_OI=target_OI, hessian_II=hessian_II)
         descended = lost(after)
         if descended < _FAR * lost(before) and _can_be_fitted(scheme):
-            factors = factorise_hessian(
-                hessian_II, name=layer.name, keep=scheme.rounding == "descent"
-            )
+            factors = factorise_hessian(hessian_II, name=layer.name, keep=True)
             fresh = fit_rows(
-                *(layer, scheme, lambda start, stop: target_OI[start:stop]),
+                *(layer, replace(scheme, rounding="descent")),
+                lambda start, stop: target_OI[start:stop],
                 {"importance": None, "feedback": factors.to(device)},
                 tensor_amax=one.amax,
                 device=device,
@@ -422,8 +421,8 @@ def _lost(
 
 
 def _can_be_fitted(scheme: TensorScheme) -> bool:
-    """Whether a scheme fits codes to a Hessian, and all that it makes may be changes."""
-    return scheme.rounds_by_hessian and scheme.symmetric and can_change_scales(scheme)
+    """Whether all that a scheme makes may be changes: zero points are none."""
+    return scheme.symmetric and can_change_scales(scheme)
 
 
 def _solved(hessian_II: Tensor, given_OI: Tensor, damping: float) -> Tensor:

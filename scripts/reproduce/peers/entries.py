@@ -61,9 +61,9 @@ def _nncf(name: str, column: str, title: str, **settings: object) -> Entry:
     return Entry(f"nncf-{name}", "nncf", column, f"NNCF, {title}", settings)
 
 
-def _mofq(column: str, *words: str) -> Entry:
+def _mofq(column: str, *words: str, name: str = "") -> Entry:
     title = f"mofq, `run {' '.join(words)}`"
-    return Entry(f"mofq-{column.lower()}", MOFQ, column, title, {"words": words})
+    return Entry(f"mofq-{name or column.lower()}", MOFQ, column, title, {"words": words})
 
 
 _W4G32: Mapping[str, object] = {"scheme": "W4A16", "group_size": 32}
@@ -82,6 +82,7 @@ _ENGINE = ("--engine", "vllm-hopper", "--max-bits")
 ENTRIES = (
     _mofq("3.5", *_ENGINE, "3.5", "--space", "serving_low_bits"),
     _mofq("4.25", *_ENGINE, "4.25"),
+    _mofq("4.25", *_ENGINE, "4.25", "--sequences", "64", name="4.25-64"),
     _mofq("4.5", *_ENGINE, "4.5"),
     _mofq("5", *_ENGINE, "5"),
     _mofq("6", *_ENGINE, "6"),
