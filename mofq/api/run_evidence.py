@@ -133,24 +133,23 @@ def gather_evidence(
             going_on.append(_best([one for one, _ in rewritten], request))
         if run.options.effort == "normal":
             going_on = [_best(going_on, request)]
+    fitted: list[tuple[Measured, float]] = []
     if twins:
         rounds = ROUNDS if is_stored else ROUNDS_WITHOUT_STATS
         with timed("fit") as seconds:
-            tables = [
-                _fitted(one.table, run, partial(measure, one.subject), rounds=rounds)
-                for one in going_on
-            ]
-        going_on = [
-            Measured.of(one.subject, fitted, request)
-            for one, fitted in zip(going_on, tables, strict=True)
-        ]
+            for one in going_on:
+                begun = seconds()
+                table = _fitted(one.table, run, partial(measure, one.subject), rounds=rounds)
+                fitted.append((Measured.of(one.subject, table, request), seconds() - begun))
+        going_on = [one for one, _ in fitted]
     best = _best(going_on, request)
     tried = [
         rounded,
         *(replace(said, is_taken=best.subject is one.subject) for one, said in rewritten),
     ]
-    if twins:
-        tried.append(Tried.of("fitted codes", best.decision, seconds()))
+    for one, took in sorted(fitted, key=lambda each: each[0] is best):
+        name = "fitted codes" if one is best else f"fitted codes, {_words(one.subject)}"
+        tried.append(replace(Tried.of(name, one.decision, took), is_taken=one is best))
     return Evidence(best, tuple(tried))
 
 
@@ -243,7 +242,8 @@ def _affordable(decision: Decision) -> dict[str, tuple[str, ...]]:
 
 def _words(subject: Subject) -> str:
     """What was done to a model."""
-    assert subject.rewriting is not None
+    if subject.rewriting is None:
+        return "not rewritten"
     sites = len(subject.rewriting.sites)
     scales = f"scales moved at {sites} inputs"
     if subject.rewriting.rotation is None:

@@ -133,9 +133,12 @@ def test_with_best_effort_codes_are_fitted_to_both_models_and_the_better_one_goe
     evidence, of = gathered(table, "best", monkeypatch, rounded=0.9, fitted=fitted)
     assert of == {"m", OTHER.model}
     assert (evidence.best.subject is OTHER) is taken
-    assert [one.is_taken for one in evidence.tried] == [True, taken, True]
+    assert [one.is_taken for one in evidence.tried] == [True, taken, False, True]
+    other = "not rewritten" if taken else "scales moved at 1 inputs"
+    assert [one.name for one in evidence.tried[2:]] == [f"fitted codes, {other}", "fitted codes"]
     costs = [one.kl_nats_per_token or 0.0 for one in evidence.tried]
-    assert costs[2] < costs[0]
+    assert costs[3] < costs[0]
+    assert costs[3] < costs[2]
 
 
 @pytest.mark.parametrize(("rotated", "best"), [(1.0, BOTH), (2.0, OTHER)])
@@ -153,6 +156,7 @@ def test_with_best_effort_the_better_of_the_rewritten_models_is_compared_with_th
         "scales moved at 1 inputs": best is OTHER,
         "rotated": False,
         "rotated, and scales moved at 1 inputs": best is BOTH,
+        "fitted codes, not rewritten": False,
         "fitted codes": True,
     }
 

@@ -168,9 +168,9 @@ def test_the_table_has_the_least_kl_of_a_column_first() -> None:
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_lines(done)]
     rest = ["30.00", "90.0 %"]
     assert cells[2:] == [
-        ["4.5", "by c", "4.500", "**0.04000 ± 0.00100**", *rest, "1,316 s"],
-        ["4.5", "by b", "4.500", "0.05000 ± 0.00100", *rest, "65 s"],
-        ["W8A8", "by a", "4.500", "0.00100 ± 0.00100", *rest, "–"],
+        ["4.5", "by c", "4.500", "**0.04000 ± 0.00100**", *rest, "1,316 s", "`c`"],
+        ["4.5", "by b", "4.500", "0.05000 ± 0.00100", *rest, "65 s", "`b`"],
+        ["W8A8", "by a", "4.500", "0.00100 ± 0.00100", *rest, "–", "`a`"],
     ]
 
 

@@ -84,7 +84,7 @@ _FAR = 0.9
 _TOKENS_PER_INPUT = 4
 #: Matrices in eight bytes, of inputs by inputs: of each layer that reads the same, and beside them;
 #: of outputs by inputs: of the largest of them.
-_MATRICES, _BESIDE, _OF_OUTPUTS = 2, 3, 4
+_MATRICES, _BESIDE, _OF_OUTPUTS = 2, 4, 4
 #: Every other sequence is of one half.
 _HALVES = 2
 #: Passes, and steps whose results are on the disk at once.

@@ -10,7 +10,10 @@ from scripts.reproduce.peers.entries import COLUMNS, ENTRIES, Entry
 from scripts.reproduce.peers.results import Result, Setting, read_result, result_name
 from scripts.shared.command import markdown_table, with_error
 
-_HEADS = ("at", "made by", "true bits", "KL [nats/token]", "perplexity", "top-1", "processor time")
+_HEADS = (
+    *("at", "made by", "true bits", "KL [nats/token]", "perplexity", "top-1", "processor time"),
+    "entry",
+)
 
 
 def write_table(page: Path, setting: Setting, folder: Path) -> None:
@@ -63,6 +66,7 @@ def table_lines(done: dict[Entry, Result]) -> list[str]:
                     f"{result.perplexity:.2f}",
                     f"{100 * result.top1_agreement:.1f} %",
                     _seconds(result.processor_seconds),
+                    f"`{entry.name}`",
                 ]
             )
     return markdown_table(_HEADS, rows)
