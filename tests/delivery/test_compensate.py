@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -123,7 +124,11 @@ def stats(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def changes_of(
-    folder: Path, recipe: Recipe, stats: Path, indices: Any = range(24)
+    folder: Path,
+    recipe: Recipe,
+    stats: Path,
+    indices: Any = range(24),
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, CodeChanges]:
     checkpoint = open_checkpoint(str(folder))
     with Fits(read_stats(stats)) as seen:
@@ -136,6 +141,7 @@ def changes_of(
             seen=seen,
             dtype="float32",
             device="cpu",
+            tell=tell,
         )
 
 
@@ -262,8 +268,11 @@ def test_layers_that_read_the_same_need_room_together(
 ) -> None:
     monkeypatch.setattr("mofq.delivery.tuning.compensate.free_bytes", lambda _: 11 * 8 * 128**2)
     recipe = recipe_of(open_checkpoint(str(tiny("llama"))), "int4.g32")
-    found = changes_of(tiny("llama"), recipe, stats)
+    told: list[str] = []
+    found = changes_of(tiny("llama"), recipe, stats, tell=told.append)
     assert {name.rpartition(".")[2] for name in found} == {"o_proj"}  # alone, of 128 inputs
+    (remark,) = told
+    assert "12 layers keep their codes, such as model.layers.0.self_attn.q_proj: " in remark
 
 
 def tune(folder: Path, stats: Path | None, *, steps: int, **options: Any) -> TunedRecipe:

@@ -55,8 +55,8 @@ from mofq.evidence.code_changes import (
 )
 from mofq.evidence.fits import Fits, SeenSequence
 from mofq.evidence.layer_codes import fit_rows, layer_codes
-from mofq.exceptions import MofqError, StreamingError, option
-from mofq.files.progress import Progress, Steps
+from mofq.exceptions import MofqError, Remark, StreamingError, option
+from mofq.files.progress import Progress, Steps, Tell
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
 from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_weight, is_expert
@@ -201,6 +201,7 @@ class _Compensation:
     sequences: Mapping[_Key, StreamedSequence]  #: the same, that it runs quantized
     work: Path  #: has the changes of each step that is done
     changes: dict[str, CodeChanges] = field(default_factory=dict)  #: of this step
+    no_room: list[str] = field(default_factory=list)  #: layers that memory is too small for
     #: Layer, sequence -> a file: the residual stream of the original without what the layer adds.
     _streams: dict[tuple[str, _Key], Path] = field(default_factory=dict)
 
@@ -320,6 +321,7 @@ class _Compensation:
     def _fit(self, together: Sequence[FittedLayer], step: int) -> None:
         """Find the codes of layers that read the same anew, where there is room for it."""
         if not _has_room(together):
+            self.no_room += [one.layer.name for one in together]
             return
         for one in together:
             one.begin()
@@ -455,6 +457,7 @@ def compensate(
     device: str,
     work: Path | None = None,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, CodeChanges]:
     """Find codes that make up for what the layers before them change.
 
@@ -470,6 +473,7 @@ def compensate(
         work: A folder that has what is kept between layers; of a run that was stopped, which was
             of the same arguments, it has what was done. None: a temporary one.
         progress: Called with ``"compensate"``, units run, and all of them.
+        tell: Called with which layers memory is too small for.
 
     Returns:
         Layer -> what becomes of the codes and scales that its scheme makes; of linear layers
@@ -496,12 +500,21 @@ def compensate(
                     *(originals, quantized, folder),
                 )
                 found.run(progress)
+                if found.no_room and tell is not None:
+                    tell(Remark(_without_room(found.no_room)))
             _write_changes(folder / _DONE, {})
         return {
             name: one
             for path in sorted(folder.glob(f"{_CODES}*"))
             for name, one in _read_changes(path).items()
         }
+
+
+def _without_room(names: Sequence[str]) -> str:
+    return (
+        f"{len(names)} layers keep their codes, such as {names[0]}: matrices of their inputs do "
+        f"not fit into the free memory. The codes of all others compensate."
+    )
 
 
 def has_compensated(folder: Path) -> bool:

@@ -309,6 +309,7 @@ def _compensated(asked: _Asked, folder: Path | None) -> dict[str, CodeChanges]:
                     device=asked.device,
                     work=folder,
                     progress=asked.progress,
+                    tell=asked.tell,
                 )
                 if changes:
                     return changes
