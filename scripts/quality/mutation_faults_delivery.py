@@ -249,6 +249,24 @@ _TUNING = (
         "(1.0, 1.0, damping)",
         "compensate::test_what_other_text_bears_out_is_given_back",
     ),
+    Fault(
+        "tuning: the worse of descent and a fit anew is taken",
+        "lost(fresh) < descended",
+        "lost(fresh) > descended",
+        "compensate::test_codes_are_fitted_anew_where_descent_changes_much",
+    ),
+    Fault(
+        "tuning: a compensation that was stopped begins anew",
+        "            if not path.exists():\n                self._run_unit",
+        "            if True:\n                self._run_unit",
+        "compensate::test_a_compensation_that_was_stopped_goes_on_and_ends_with_the_same_bytes",
+    ),
+    Fault(
+        "tuning: what codes began with is lost layer by layer",
+        '"start": None if one.start is None else _parts(one.start),',
+        '"start": None,',
+        "compensate::test_a_model_in_memory_and_one_layer_by_layer_compensate_the_same",
+    ),
 )
 
 DELIVERY = (*_REWRITING, *_EXPORTS, *_ENGINES, *_TUNING)

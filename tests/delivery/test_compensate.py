@@ -352,10 +352,11 @@ def test_without_steps_codes_must_be_free_to_compensate(tiny: TinyCheckpoint, st
         tune(folder, stats, steps=0, codes=False)
 
 
-@pytest.mark.parametrize("scheme", ["int4.g32", "mxfp4+mxfp4"])
-@pytest.mark.parametrize("steps", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("scheme", "steps"), [("int4.g32", 0), ("mxfp4+mxfp4", 0), ("int3.channel", 8)]
+)
 def test_a_model_in_memory_and_one_layer_by_layer_compensate_the_same(
-    steps: int, scheme: str, tiny: TinyCheckpoint, stats: Path
+    scheme: str, steps: int, tiny: TinyCheckpoint, stats: Path
 ) -> None:
     folder = tiny("llama")
     recipe = recipe_of(open_checkpoint(str(folder)), scheme)
@@ -364,7 +365,7 @@ def test_a_model_in_memory_and_one_layer_by_layer_compensate_the_same(
     )
     assert streamed.recipe.tuned == resident.recipe.tuned
     assert streamed == resident
-    assert streamed.tuning.compensated == 14
+    assert (streamed.tuning.compensated, streamed.tuning.steps) == (14, steps)
 
 
 @pytest.mark.parametrize("scheme", ["int4.g32", pytest.param("nvfp4", marks=pytest.mark.long)])
