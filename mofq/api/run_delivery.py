@@ -222,7 +222,7 @@ def _takes_long(steps: int) -> str:
     return (
         f"the model is run layer by layer, and {steps} steps would read and quantize all of it "
         f"{2 * steps} times. {option('effort', 'best')} takes them nevertheless, and so does "
-        f"`mofq tune` with the recipe before, which is this one without its section `tuning`"
+        f"`mofq tune` with this recipe, without its section `tuning` where it has one"
     )
 
 

@@ -466,7 +466,7 @@ def test_steps_that_began_without_compensation_go_on_without_it(
         raise StreamingError("the disk is too small")
 
     with monkeypatch.context() as patch:
-        patch.setattr(compensate_module, "_check_disk", fail)
+        patch.setattr(compensate_module, "_check_room", fail)
         with stopped_at("learned-model.layers.1", monkeypatch):
             streamed()
     assert "the disk is too small" in told[0]

@@ -387,7 +387,7 @@ def test_what_the_disk_has_to_hold_is_said_and_no_more_is_kept(
     name: str, tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forget, work, sizes, needed = Replayer.forget, tmp_path / "work", list[int](), list[int]()
-    check = streamed_validation.check_disk
+    check = streamed_validation.check_room
 
     def noted(*given: Any, **more: Any) -> int:
         needed.append(check(*given, **more))
@@ -398,7 +398,7 @@ def test_what_the_disk_has_to_hold_is_said_and_no_more_is_kept(
         forget(self, *rest)
 
     monkeypatch.setattr(Replayer, "forget", watched)
-    monkeypatch.setattr(streamed_validation, "check_disk", noted)
+    monkeypatch.setattr(streamed_validation, "check_room", noted)
     said: list[str] = []
     made = recipes(tiny(name))
     options: Any = {"work": work, "execution": "streamed", "tell": said.append, **PLAN}

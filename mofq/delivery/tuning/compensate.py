@@ -55,11 +55,12 @@ from mofq.evidence.code_changes import (
 )
 from mofq.evidence.fits import Fits, SeenSequence
 from mofq.evidence.layer_codes import fit_rows, layer_codes
-from mofq.exceptions import MofqError, Remark, StreamingError, option
+from mofq.exceptions import MofqError, Remark, StreamingError
 from mofq.files.progress import Progress, Steps, Tell
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.tensors import read_layer_rows, read_shared_amax
 from mofq.model.layers import LinearLayer, ModelLayers, find_loaded_weight, is_expert
+from mofq.model.streaming.disk import KEPT_STEPS, check_disk, hidden_size
 from mofq.model.streaming.execution import free_bytes
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import Call, StreamedSequence, keep, run
@@ -87,8 +88,8 @@ _TOKENS_PER_INPUT = 4
 _MATRICES, _BESIDE, _OF_OUTPUTS = 2, 4, 4
 #: Every other sequence is of one half.
 _HALVES = 2
-#: Passes, and steps whose results are on the disk at once.
-_PASSES, _KEPT_STEPS = ("original", "quantized"), 6
+#: Each has its results on the disk.
+_PASSES = ("original", "quantized")
 #: In the folder of what was done: files of the changes of a step, and of none when all are done.
 _CODES, _DONE = "codes-", "codes-done"
 
@@ -492,7 +493,7 @@ def compensate(
                 prepared = prepare(
                     streamed.model, recipe, check=partial(check_fits, fits), checkpoint=checkpoint
                 )
-                _check_disk(folder, streamed, sequences)
+                _check_room(folder, streamed, sequences)
                 originals, quantized = (_sequences(folder / one, sequences) for one in _PASSES)
                 applied = Applied(prepared, partial(apply_group, fits=fits), streamed.head)
                 found = _Compensation(
@@ -558,19 +559,13 @@ def _sequences(folder: Path, seen: Sequence[SeenTokens]) -> dict[_Key, StreamedS
     return found
 
 
-def _check_disk(folder: Path, streamed: StreamedModel, sequences: Sequence[SeenTokens]) -> None:
+def _check_room(folder: Path, streamed: StreamedModel, sequences: Sequence[SeenTokens]) -> None:
     """Refuse to begin what the disk cannot hold."""
     model = streamed.model
-    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
     tokens = sum(len(one.token_T) for one in sequences)
-    needed = len(_PASSES) * _KEPT_STEPS * tokens * hidden * model.dtype.itemsize
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if needed - written > free:
-        raise StreamingError(
-            f"what is kept between layers needs about {needed - written:,} bytes in {folder}, "
-            f"found {free:,} free. Free some space, take fewer {option('sequences')}, or set TMPDIR"
-        )
+    results = len(_PASSES) * KEPT_STEPS * tokens
+    needed = results * hidden_size(model) * model.dtype.itemsize
+    check_disk(folder, needed, fewer="sequences", error=StreamingError)
 
 
 def _write_changes(path: Path, changes: Mapping[str, CodeChanges]) -> None:

@@ -34,13 +34,14 @@ from mofq.delivery.validation.divergence import check_logits, score_window
 from mofq.delivery.validation.streamed import Run, Subject, check_units
 from mofq.evidence.code_changes import CodeChanges, can_learn
 from mofq.evidence.fits import Fits
-from mofq.exceptions import MofqError, StreamingError, option
+from mofq.exceptions import StreamingError
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.progress import Progress, Steps
 from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.layers import FusionGroup, LinearLayer, ModelLayers
 from mofq.model.layers.module_layers import layers_within
 from mofq.model.streaming.backward import Gradients, Sent, StepBack, collect, needs_gradients
+from mofq.model.streaming.disk import KEPT_STEPS, check_disk, hidden_size
 from mofq.model.streaming.records import read_content, write_tensors
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
@@ -48,8 +49,6 @@ from mofq.numbers.quantize import dequantize_weight
 from mofq.numbers.quantize.tiles import tile_shape
 from mofq.numbers.schemes import Scheme, TensorScheme
 
-#: Steps whose results are on the disk at once while nothing is kept for gradients.
-_KEPT_STEPS = 6
 #: Results of a layer that lie on the disk as gradients of those.
 _GRADIENTS = 2
 #: Bytes of a weight in a file: where it is in its cell, and its code.
@@ -524,7 +523,7 @@ def open_tuning(
         if steps:
             _check_apart(tuning)
         check_units(Run(base, [Subject(folder, applied=tuning.applied)]), checkpoint)
-        needed = _check_disk(folder, tuning)
+        needed = _check_room(folder, tuning)
         if tell is not None:
             tell(f"Between layers, about {needed / 1e9:.2f} GB are kept in {folder.parent}.")
         tuning.run_original(progress)
@@ -542,7 +541,7 @@ def _check_apart(tuning: Streamed) -> None:
             )
 
 
-def _check_disk(folder: Path, tuning: Streamed) -> int:
+def _check_room(folder: Path, tuning: Streamed) -> int:
     """Refuse to begin what the disk cannot hold.
 
     Returns:
@@ -552,22 +551,14 @@ def _check_disk(folder: Path, tuning: Streamed) -> int:
         MofqError: There is less space than that.
     """
     split, model = tuning.split, tuning.base.model
-    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
     held_out = len(split.held_out_NT)
     every = held_out + (len(split.stepped_NT) if tuning.steps else 0)
-    results = max(every * _KEPT_STEPS, every + held_out * _KEPT_STEPS)
+    results = max(every * KEPT_STEPS, every + held_out * KEPT_STEPS)
     if tuning.steps:
         results = max(results, every + BATCH * (len(tuning.base.weights.units) + _GRADIENTS))
-    needed: int = results * split.held_out_NT.shape[1] * hidden * model.dtype.itemsize
+    needed: int = results * split.held_out_NT.shape[1] * hidden_size(model) * model.dtype.itemsize
     needed += _learned_bytes(tuning) if tuning.steps and tuning.learns else 0
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if needed - written > free:
-        raise MofqError(
-            f"{folder}: what is kept between layers needs about {needed - written:,} bytes, found "
-            f"{free:,} free. Free some space, take fewer {option('sequences')}, or give an output "
-            f"elsewhere (without one, set TMPDIR)."
-        )
+    check_disk(folder, needed, fewer="sequences")
     return needed
 
 

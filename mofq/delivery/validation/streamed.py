@@ -52,7 +52,7 @@ from mofq.delivery.validation.enforcement import Enforcement, enforcement
 from mofq.delivery.validation.report import Validation
 from mofq.delivery.validation.windows import cut_windows
 from mofq.evidence.corpora import Bos, Corpus
-from mofq.exceptions import MofqError, StreamingError, option
+from mofq.exceptions import MofqError, StreamingError
 from mofq.files.documents import write_beside_and_rename
 from mofq.files.locks import hold_folder
 from mofq.files.progress import Progress, Steps
@@ -60,12 +60,9 @@ from mofq.model.checkpoint.headers import Checkpoint
 from mofq.model.checkpoint.weights_hash import hash_weights
 from mofq.model.layers import layers_of
 from mofq.model.layers.module_layers import layers_within
+from mofq.model.streaming.disk import KEPT_STEPS, check_disk, hidden_size
 from mofq.model.streaming.replay import StreamedSequence
 from mofq.model.streaming.streamed import StreamedModel, open_streamed
-
-#: Steps whose results are on the disk at once: of the one that runs, what it reads, and what is not
-#: known yet to be looked at no more. Embeddings of positions and a second stream are such steps.
-_KEPT_STEPS = 6
 
 #: What differs in one unit: of fusion groups, of other linear layers, of other tensors, of caches.
 _Found = tuple[list[Deviation], list[Deviation], list[Deviation], list[Deviation]]
@@ -200,7 +197,7 @@ def validate_streamed(
                         _, own = tokens_of(subject.candidate, original)
                 subject.set_windows(own)
         subjects = [one for run in runs for one in run.subjects]
-        needed = check_disk(folder, len(subjects), windows.tokens_NT, model=model, dtype=dtype)
+        needed = check_room(folder, len(subjects), windows.tokens_NT, model=model, dtype=dtype)
         if tell is not None:
             where = work or Path(tempfile.gettempdir())
             tell(f"Between layers, about {needed / 1e9:.2f} GB are kept in {where}.")
@@ -300,7 +297,7 @@ def _open_folder(
     return run
 
 
-def check_disk(
+def check_room(
     folder: Path, subjects: int, windows_NT: Tensor, *, model: PreTrainedModel, dtype: str
 ) -> int:
     """Refuse to begin what the disk cannot hold.
@@ -318,18 +315,9 @@ def check_disk(
     Raises:
         MofqError: There is less space than that.
     """
-    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0) or 0)
     itemsize: int = getattr(torch, dtype).itemsize
-    needed = subjects * windows_NT.numel() * hidden * itemsize * _KEPT_STEPS
-    # What a run that was stopped has written already takes no more.
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if needed - written > free:
-        raise MofqError(
-            f"{folder}: what is kept between layers needs about {needed - written:,} bytes, found "
-            f"{free:,} free. Free some space, take fewer {option('tokens')}, or give an output "
-            f"elsewhere (without one, set TMPDIR)."
-        )
+    needed = subjects * windows_NT.numel() * hidden_size(model) * itemsize * KEPT_STEPS
+    check_disk(folder, needed, fewer="tokens")
     return needed
 
 

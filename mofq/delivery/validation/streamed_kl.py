@@ -17,7 +17,7 @@ from mofq.delivery.validation.measured_kl import Objective
 from mofq.delivery.validation.streamed import (
     Run,
     Subject,
-    check_disk,
+    check_room,
     check_units,
     run_layers,
 )
@@ -65,7 +65,7 @@ class StreamedKl(Objective):
             )
             temporary = tempfile.TemporaryDirectory(prefix="mofq-")
             self._folder = Path(self._stack.enter_context(temporary))
-            needed = check_disk(
+            needed = check_room(
                 self._folder, 2, self.windows_NT, model=self._streamed.model, dtype=dtype
             )
             free = shutil.disk_usage(self._folder).free

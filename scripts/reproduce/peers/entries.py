@@ -188,4 +188,11 @@ ENTRIES = (
         auto_scheme={"avg_bits": _AVERAGE_5, "options": _MIXED},
         iters=200,
     ),
+    _auto_round(
+        "auto-scheme-6-tuned",
+        "6",
+        "AutoScheme of INT4 and INT8 g32, 200 iterations",
+        auto_scheme={"avg_bits": _AVERAGE_6, "options": _MIXED},
+        iters=200,
+    ),
 )
